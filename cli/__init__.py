@@ -1,0 +1,1 @@
+"""The `palcache` command: parse, one library call, print."""

@@ -1,0 +1,146 @@
+"""`palcache embed`: comparisons -> cache."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from palcache.configs import ComputeDtype, EmbedConfig, SplitBy, SplitConfig, StoredDtype
+
+from .display import Progress, print_json, progress, say
+from .failures import reports_errors
+from .options import DeviceOption, JsonOption, parse_pairs
+
+if TYPE_CHECKING:
+    from palcache.encoding import EmbedProgress, EmbedSummary
+
+
+_EMBED = EmbedConfig()
+_SPLIT = SplitConfig()
+
+
+@reports_errors
+def embed(
+    tables: Annotated[
+        list[Path], typer.Argument(help=".jsonl, .csv or .parquet files, read as one table.", show_default=False)
+    ],
+    *,
+    cache: Annotated[Path, typer.Option(help="The cache folder, made where it is missing.", show_default=False)],
+    model: Annotated[
+        str, typer.Option(help="minilm, a sentence-transformers id on the hub, or a folder.")
+    ] = _EMBED.model,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a hub model.", show_default=False)
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the model run its own code.")
+    ] = False,
+    name: Annotated[
+        str | None,
+        typer.Option(help="Name of the table in the cache.  [default: the first file's]", show_default=False),
+    ] = None,
+    map_: Annotated[
+        list[str] | None,
+        typer.Option("--map", help="NAME=COLUMN renames a column; may be repeated.", show_default=False),
+    ] = None,
+    split_by: Annotated[
+        SplitBy, typer.Option(help="What stays in one split; auto: the split column, else pair.")
+    ] = _SPLIT.by,
+    val: Annotated[float, typer.Option(help="Share of the units for validation.")] = _SPLIT.val,
+    test: Annotated[float, typer.Option(help="Share of the units for testing.")] = _SPLIT.test,
+    seed: Annotated[int, typer.Option(help="Of the split and of the sides of chosen and rejected.")] = _SPLIT.seed,
+    ties: Annotated[str, typer.Option(help="y = 0: refuse, drop, or half (both count one half).")] = "refuse",
+    device: DeviceOption = _EMBED.device,
+    compute_dtype: Annotated[
+        ComputeDtype, typer.Option(help="Type of the forward pass; auto: bfloat16 on CUDA, float32 elsewhere.")
+    ] = _EMBED.compute_dtype,
+    dtype: Annotated[StoredDtype, typer.Option(help="Type of the stored vectors.")] = _EMBED.dtype,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Truncate texts to this many tokens.  [default: the model's]", show_default=False)
+    ] = None,
+    token_budget: Annotated[
+        int | None, typer.Option(help="Padded tokens per batch.  [default: by device]", show_default=False)
+    ] = None,
+    shard_rows: Annotated[int, typer.Option(help="Rows per shard file.")] = _EMBED.shard_rows,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what would be encoded, and encode nothing.")] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Encode every distinct prompt and response of comparison tables into a cache.
+
+    A run always resumes: stop it at any moment and run the same command again.
+    """
+    from palcache.errors import InputError
+    from palcache.stages import embed_tables
+
+    if ties not in {"refuse", "drop", "half"}:
+        raise InputError(f"Got --ties {ties}; expected refuse, drop or half.")
+    config = EmbedConfig(
+        model=model,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        device=device,
+        compute_dtype=compute_dtype,
+        dtype=dtype,
+        max_tokens=max_tokens,
+        token_budget=token_budget,
+        shard_rows=shard_rows,
+    )
+    options: dict[str, Any] = {
+        "name": name,
+        "config": config,
+        "split": SplitConfig(by=split_by, val=val, test=test, seed=seed),
+        "columns": parse_pairs(map_, "--map"),
+        "ties": ties,
+    }
+    if plan:
+        summary = embed_tables(tables, cache, plan=True, **options)
+    else:
+        with progress("embed") as bar:
+            summary = embed_tables(tables, cache, on_progress=_Reporter(bar), **options)
+    if json_:
+        print_json({**asdict(summary), "repeats_saved": summary.repeats_saved, "plan": plan})
+    else:
+        _print_summary(summary, cache, plan=plan)
+
+
+class _Reporter:
+    """Turns progress of the encoding into a bar with rates."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+
+    def __call__(self, event: EmbedProgress) -> None:
+        elapsed = max(1e-9, time.perf_counter() - event.started)
+        rates = f"{event.texts / elapsed:,.0f} texts/s  {event.tokens / elapsed:,.0f} tokens/s"
+        text = "waiting for another writer" if event.waiting else rates
+        self._bar.update(
+            event.tokens, event.tokens_total, f"{event.role}s {event.texts:,}/{event.texts_total:,}  {text}"
+        )
+
+
+def _print_summary(summary: EmbedSummary, cache: Path, *, plan: bool) -> None:
+    verb, about = ("to encode", "about ") if plan else ("encoded", "")
+    by_role = ", ".join(f"{count:,} {role}s" for role, count in summary.distinct.items())
+    padding = f", {summary.padded:,} with padding" if summary.padded else ""
+    truncated = f"; {about}{summary.truncated:,} texts truncated" if summary.truncated else ""
+    stages = ", ".join(f"{stage} {value:.2f}" for stage, value in summary.seconds.items())
+    lines = [
+        f"{'plan for ' if plan else ''}{cache}",
+        f"  texts    {summary.references:,} references, {sum(summary.distinct.values()):,} distinct ({by_role})",
+        f"           {summary.hits:,} already cached, {summary.encoded:,} {verb}, {summary.repeats_saved:,} repeats saved",
+        f"  tokens   {about}{summary.tokens:,}{padding}{truncated}",
+        f"  bytes    {about}{summary.new_bytes:,}",
+        f"  seconds  {stages}",
+    ]
+    if summary.failed:
+        lines.append(
+            f"  failed   {summary.failed:,} texts; see failed.jsonl in the space's folder, and embed again to retry"
+        )
+    for line in lines:
+        typer.echo(line)
+    if not plan:
+        say(f"next: palcache train-head {cache} --run RUN --k 2")

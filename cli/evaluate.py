@@ -1,0 +1,51 @@
+"""`palcache evaluate`: a run's head and the yardsticks on a cached table."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .display import EVALUATION_COLUMNS, describe, evaluation_rows, print_json, print_table
+from .failures import reports_errors
+from .options import ComparisonsOption, DeviceOption, JsonOption, UnknownUsersOption
+from .train_head import RULES
+
+
+@reports_errors
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
+    *,
+    cache: Annotated[Path, typer.Option(help="The cache folder.", show_default=False)],
+    comparisons: ComparisonsOption = None,
+    split: Annotated[str, typer.Option(help="Which part of the table; all takes every row.")] = "test",
+    device: DeviceOption = "auto",
+    unknown_users: UnknownUsersOption = "refuse",
+    json_: JsonOption = False,
+) -> None:
+    """Evaluate a head on comparisons: accuracy with intervals, calibration, and yardsticks beside it."""
+    from palcache.cache import Cache
+    from palcache.runs import evaluate_run, evaluations_to_dict
+
+    start = time.perf_counter()
+    evaluations = evaluate_run(
+        run,
+        Cache(cache),
+        comparisons=comparisons,
+        split=None if split == "all" else split,
+        device=device,
+        unknown_users=unknown_users,
+    )
+    if json_:
+        seconds = time.perf_counter() - start
+        print_json({"run": str(run), "seconds": seconds, **evaluations_to_dict({split: evaluations})})
+        return
+    names = {"head": "PAL-B", **RULES}
+    head = evaluations["head"]
+    print_table(describe(head, split), EVALUATION_COLUMNS, evaluation_rows(evaluations, names))
+    if head.temperature is not None:
+        typer.echo(f"temperature fitted on validation: {head.temperature:.3f} (1 is calibrated)")
+    for group, accuracy in head.groups.items():
+        typer.echo(f"group {group}: {accuracy:.4f}")

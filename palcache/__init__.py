@@ -1,0 +1,89 @@
+"""palcache: encode once, then train, adapt and serve pluralistic reward models.
+
+The public names are loaded when they are first used, so that importing the package imports neither torch nor
+transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from palcache.cache import Cache as Cache
+    from palcache.cache import Space as Space
+    from palcache.checkpoints import TrainedHead as TrainedHead
+    from palcache.checkpoints import load_head as load_head
+    from palcache.checkpoints import save_head as save_head
+    from palcache.comparisons import Comparisons as Comparisons
+    from palcache.configs import EmbedConfig as EmbedConfig
+    from palcache.configs import FitConfig as FitConfig
+    from palcache.configs import HeadConfig as HeadConfig
+    from palcache.configs import SplitConfig as SplitConfig
+    from palcache.encoders.sentence import SentenceEncoder as SentenceEncoder
+    from palcache.encoders.sentence import load_encoder as load_encoder
+    from palcache.encoding import embed_comparisons as embed_comparisons
+    from palcache.encoding import plan_embedding as plan_embedding
+    from palcache.errors import PalcacheError as PalcacheError
+    from palcache.evaluation import Evaluation as Evaluation
+    from palcache.evaluation import evaluate_head as evaluate_head
+    from palcache.evaluation import predict_margins as predict_margins
+    from palcache.heads import PalB as PalB
+    from palcache.runs import RunResult as RunResult
+    from palcache.runs import evaluate_run as evaluate_run
+    from palcache.runs import load_run as load_run
+    from palcache.runs import train_run as train_run
+    from palcache.splits import split_comparisons as split_comparisons
+    from palcache.stages import embed_tables as embed_tables
+    from palcache.tables import read_comparisons as read_comparisons
+    from palcache.tensors import PreferenceData as PreferenceData
+    from palcache.tensors import load_preferences as load_preferences
+    from palcache.training import FitResult as FitResult
+    from palcache.training import fit as fit
+    from palcache.verification import verify_cache as verify_cache
+
+_HOMES = {
+    "Cache": "cache",
+    "Comparisons": "comparisons",
+    "EmbedConfig": "configs",
+    "Evaluation": "evaluation",
+    "FitConfig": "configs",
+    "FitResult": "training",
+    "HeadConfig": "configs",
+    "PalB": "heads",
+    "PalcacheError": "errors",
+    "PreferenceData": "tensors",
+    "RunResult": "runs",
+    "SentenceEncoder": "encoders.sentence",
+    "Space": "cache",
+    "SplitConfig": "configs",
+    "TrainedHead": "checkpoints",
+    "embed_comparisons": "encoding",
+    "embed_tables": "stages",
+    "evaluate_head": "evaluation",
+    "evaluate_run": "runs",
+    "fit": "training",
+    "load_encoder": "encoders.sentence",
+    "load_head": "checkpoints",
+    "load_preferences": "tensors",
+    "load_run": "runs",
+    "plan_embedding": "encoding",
+    "predict_margins": "evaluation",
+    "read_comparisons": "tables",
+    "save_head": "checkpoints",
+    "split_comparisons": "splits",
+    "train_run": "runs",
+    "verify_cache": "verification",
+}
+__all__ = sorted(_HOMES)  # noqa: PLE0605 - one list for both
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'palcache' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"palcache.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

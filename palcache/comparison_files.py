@@ -1,0 +1,154 @@
+"""`CACHE/comparisons/<name>.h5`: a comparison table with its texts and their keys, and never a vector.
+
+A table names its texts by their content keys and not by row numbers, so that the same file serves every encoder, and
+shards can be added, merged and compacted without touching it. It holds the texts themselves: `verify --reencode`,
+the length yardstick and reports need them.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, final
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from palcache.comparisons import OPTIONAL, Column, Comparisons
+from palcache.errors import CacheError
+from palcache.files import write_with
+from palcache.fingerprints import Keys, canonical_json, text_keys
+
+FORMAT: Final = "palcache-comparisons"
+VERSION: Final = 1
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class StoredComparisons:
+    """A comparison table of a cache.
+
+    Attributes:
+        name: its name in the cache.
+        comparisons: the table.
+        fingerprint: digest of its meaning.
+        spaces: (prompt space id, response space id) of every encoder that has embedded it, sorted.
+        about: how it was split and read, as JSON values.
+    """
+
+    name: str
+    comparisons: Comparisons
+    fingerprint: str
+    spaces: tuple[tuple[str, str], ...]
+    about: Mapping[str, Any]
+
+    @functools.cached_property
+    def prompt_keys(self) -> Keys:
+        """Keys of the distinct prompts, (P, 16)."""
+        return text_keys(self.comparisons.prompts.values)
+
+    @functools.cached_property
+    def response_keys(self) -> Keys:
+        """Keys of the distinct responses, (R, 16)."""
+        return text_keys(self.comparisons.responses)
+
+
+def write_stored(path: Path, stored: StoredComparisons) -> None:
+    """Replace the file at `path` by a table; the same table gives the same bytes."""
+
+    def write(temporary: Path) -> None:
+        with h5py.File(temporary, "w") as file:
+            file.attrs.update(
+                format=FORMAT,
+                version=VERSION,
+                fingerprint=stored.fingerprint,
+                spaces=canonical_json(stored.spaces).decode(),
+                about=canonical_json(stored.about).decode(),
+            )
+            comparisons = stored.comparisons
+            _write_column(file, "user", comparisons.users)
+            _write_column(file, "prompt", comparisons.prompts)
+            _write_texts(file, "response", comparisons.responses)
+            file["response_1"], file["response_2"] = comparisons.response_1, comparisons.response_2
+            file["y"] = comparisons.y
+            file["prompt/key"], file["response/key"] = stored.prompt_keys, stored.response_keys
+            for name in OPTIONAL:
+                column: Column | None = getattr(comparisons, name)
+                if column is not None:
+                    _write_column(file, name, column)
+
+    write_with(path, write)
+
+
+def read_stored(path: Path) -> StoredComparisons:
+    """Read a table.
+
+    Raises:
+        CacheError: the file is damaged, of another format or version, or its content does not match its fingerprint.
+    """
+    try:
+        with h5py.File(path, "r") as file:
+            if file.attrs.get("format") != FORMAT:
+                raise CacheError(f"{path} is HDF5 but not a palcache comparison table.")
+            if int(file.attrs["version"]) != VERSION:
+                raise CacheError(
+                    f"{path} has format version {int(file.attrs['version'])}; this palcache reads version {VERSION}."
+                )
+            optional = {name: _read_column(file, name) for name in OPTIONAL if name in file}
+            comparisons = Comparisons(
+                users=_read_column(file, "user"),
+                prompts=_read_column(file, "prompt"),
+                responses=_read_texts(file, "response"),
+                response_1=file["response_1"][:],
+                response_2=file["response_2"][:],
+                y=file["y"][:],
+                **optional,
+            )
+            fingerprint = str(file.attrs["fingerprint"])
+            spaces = tuple((prompt, response) for prompt, response in json.loads(file.attrs["spaces"]))
+            about = json.loads(file.attrs["about"])
+    except (OSError, KeyError, ValueError, RuntimeError, pa.ArrowInvalid) as error:
+        raise CacheError(
+            f"{path} cannot be read as a comparison table ({error}); run palcache embed on it again."
+        ) from error
+    if comparisons.fingerprint() != fingerprint:
+        raise CacheError(
+            f"{path} is damaged: its content does not match its fingerprint; run palcache embed on it again."
+        )
+    return StoredComparisons(path.stem, comparisons, fingerprint, spaces, about)
+
+
+def _write_column(file: Any, name: str, column: Column) -> None:
+    _write_texts(file, name, column.values)
+    file[f"{name}/code"] = column.codes
+
+
+def _read_column(file: Any, name: str) -> Column:
+    return Column(_read_texts(file, name), file[f"{name}/code"][:])
+
+
+def _write_texts(file: Any, name: str, texts: pa.Array) -> None:
+    """Store texts as one run of UTF-8 bytes and their offsets, (m + 1,)."""
+    texts = pa.concat_arrays([texts.cast(pa.large_string())])
+    _, offsets, data = texts.buffers()
+    at = (
+        np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
+        if len(texts)
+        else np.zeros(1, np.int64)
+    )
+    stored: npt.NDArray[np.uint8] = np.frombuffer(data, np.uint8)[at[0] : at[-1]] if data else np.empty(0, np.uint8)
+    file[f"{name}/bytes"], file[f"{name}/offsets"] = stored, at - at[0]
+
+
+def _read_texts(file: Any, name: str) -> pa.Array:
+    offsets, data = file[f"{name}/offsets"][:], file[f"{name}/bytes"][:]
+    array = pa.Array.from_buffers(
+        pa.large_string(), len(offsets) - 1, [None, pa.py_buffer(offsets), pa.py_buffer(data)]
+    )
+    array.validate(full=True)
+    return array

@@ -1,0 +1,301 @@
+"""Tables of pairwise comparisons: who was asked what, between which two responses, and which they preferred."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from palcache.errors import InputError, PalcacheWarning
+from palcache.fingerprints import arrays_digest, text_keys
+
+Ties = Literal["refuse", "drop", "half"]
+"""What to do with y = 0: refuse the table, drop the row, or keep it with both responses counting one half."""
+
+IntArray = npt.NDArray[np.int32]
+REQUIRED = ("user_id", "prompt", "response_1", "response_2", "y")
+TRL = ("user_id", "prompt", "chosen", "rejected")
+OPTIONAL = ("split", "group", "pair_id")
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Column:
+    """A column of strings that stores each distinct one once.
+
+    Attributes:
+        values: the distinct strings, a `large_string` array of length m.
+        codes: the row's index into `values`, shape (n,).
+    """
+
+    values: pa.Array
+    codes: IntArray
+
+    @classmethod
+    def encode(cls, strings: pa.ChunkedArray | pa.Array) -> Column:
+        """Dictionary-encode strings; values stand in order of first appearance."""
+        encoded = pa.chunked_array([strings] if isinstance(strings, pa.Array) else strings.chunks, pa.large_string())
+        chunks = encoded.dictionary_encode().unify_dictionaries().chunks
+        if not chunks:
+            return cls(pa.array([], pa.large_string()), np.empty(0, np.int32))
+        codes = np.concatenate([chunk.indices.to_numpy(zero_copy_only=False) for chunk in chunks])
+        return cls(chunks[-1].dictionary, codes.astype(np.int32, copy=False))
+
+    @classmethod
+    def of(cls, strings: Iterable[str]) -> Column:
+        """Dictionary-encode Python strings."""
+        return cls.encode(pa.array(list(strings), pa.large_string()))
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def take(self, rows: npt.NDArray[Any]) -> Column:
+        """Return the column at some rows, with only the values they use."""
+        used, codes = np.unique(self.codes[rows], return_inverse=True)
+        return Column(self.values.take(pa.array(used)), codes.astype(np.int32))
+
+    def to_list(self) -> list[str]:
+        """Return one Python string per row."""
+        values: list[str] = self.values.to_pylist()
+        return [values[code] for code in self.codes.tolist()]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Comparisons:
+    """A validated table of n comparisons; every text and name is stored once.
+
+    Attributes:
+        users: who judged, one string per row.
+        prompts: what was asked, one text per row.
+        responses: the distinct response texts, a `large_string` array.
+        response_1: index of the left response in `responses`, shape (n,).
+        response_2: index of the right response, shape (n,).
+        y: -1 the user prefers response_1, +1 response_2, 0 a tie that counts one half; shape (n,).
+        split: `train`, `val`, `test` (or `support`, `query`) per row, where known.
+        group: the population group of the row's user, where known.
+        pair_id: the table's own name of the pair, where known.
+    """
+
+    users: Column
+    prompts: Column
+    responses: pa.Array
+    response_1: IntArray
+    response_2: IntArray
+    y: npt.NDArray[np.int8]
+    split: Column | None = None
+    group: Column | None = None
+    pair_id: Column | None = None
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    @classmethod
+    def from_rows(
+        cls, rows: Iterable[Mapping[str, Any]], *, origin: str = "rows", ties: Ties = "refuse", seed: int = 0
+    ) -> Comparisons:
+        """Build a table from dictionaries with the keys of `REQUIRED` or `TRL`, and any of `OPTIONAL`.
+
+        Raises:
+            InputError: a key is missing or a value is not allowed; the message names `origin` and the row.
+        """
+        table = pa.Table.from_pylist([dict(row) for row in rows])
+        return cls.from_tables([normalise(table, origin=origin, ties=ties, seed=seed)])
+
+    @classmethod
+    def from_tables(cls, tables: Sequence[pa.Table]) -> Comparisons:
+        """Join tables that `normalise` has made; a column of `OPTIONAL` must stand in all of them or in none."""
+        for name in OPTIONAL:
+            with_it = [name in table.column_names for table in tables]
+            if any(with_it) and not all(with_it):
+                raise InputError(
+                    f"The column {name} stands in {sum(with_it)} of {len(tables)} files; give it to all of them or none."
+                )
+        table = pa.concat_tables(tables)
+        if not len(table):
+            raise InputError("The table has no comparisons; give at least one row.")
+        responses = Column.encode(
+            pa.chunked_array([*table["response_1"].chunks, *table["response_2"].chunks], pa.large_string())
+        )
+        n = len(table)
+        optional = {name: Column.encode(table[name]) for name in OPTIONAL if name in table.column_names}
+        return cls(
+            users=Column.encode(table["user_id"]),
+            prompts=Column.encode(table["prompt"]),
+            responses=responses.values,
+            response_1=responses.codes[:n],
+            response_2=responses.codes[n:],
+            y=table["y"].to_numpy().astype(np.int8),
+            **optional,
+        )
+
+    def take(self, rows: npt.NDArray[Any]) -> Comparisons:
+        """Return the comparisons at some rows (indices or a mask), with only the texts and names they use."""
+        codes = np.stack([self.response_1[rows], self.response_2[rows]])
+        used, inverse = np.unique(codes, return_inverse=True)
+        inverse = inverse.reshape(codes.shape).astype(np.int32)
+        return Comparisons(
+            users=self.users.take(rows),
+            prompts=self.prompts.take(rows),
+            responses=self.responses.take(pa.array(used)),
+            response_1=inverse[0],
+            response_2=inverse[1],
+            y=self.y[rows],
+            split=self.split.take(rows) if self.split else None,
+            group=self.group.take(rows) if self.group else None,
+            pair_id=self.pair_id.take(rows) if self.pair_id else None,
+        )
+
+    def with_split(self, split: Column) -> Comparisons:
+        """Return the same comparisons with another split."""
+        return replace(self, split=split)
+
+    def fingerprint(self) -> str:
+        """Return a digest of the table's meaning: users, texts, answers and splits, in row order."""
+        prompt_keys, response_keys = text_keys(self.prompts.values), text_keys(self.responses)
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "user": text_keys(self.users.values)[self.users.codes],
+            "prompt": prompt_keys[self.prompts.codes],
+            "response_1": response_keys[self.response_1],
+            "response_2": response_keys[self.response_2],
+            "y": self.y,
+        }
+        for name in OPTIONAL:
+            column: Column | None = getattr(self, name)
+            if column is not None:
+                arrays[name] = text_keys(column.values)[column.codes]
+        return arrays_digest(arrays)
+
+
+def normalise(
+    table: pa.Table,
+    *,
+    origin: str,
+    ties: Ties = "refuse",
+    seed: int = 0,
+    numbers: Sequence[int] | None = None,
+    unit: str = "row",
+) -> pa.Table:
+    """Return a table with the columns of `REQUIRED` and those of `OPTIONAL` that it has, all checked.
+
+    Args:
+        table: columns as read, in the form `REQUIRED` or TRL's (`TRL`).
+        origin: the file's name, for messages.
+        ties: what to do with y = 0.
+        seed: draws the side of the chosen response for TRL's form, so that the label cannot be read off the side.
+        numbers: the number of each row in its file, for messages; by default 1, 2, ...
+        unit: what the numbers count: `row` or `line`.
+
+    Raises:
+        InputError: a column is missing, a value is empty or not allowed, or the file has neither form.
+
+    Warns:
+        PalcacheWarning: rows with two identical responses are left out.
+    """
+    if ties not in get_args(Ties):
+        raise InputError(f"Got the tie policy {ties!r}; expected one of {', '.join(get_args(Ties))}.")
+    place = _Place(origin, unit, numbers)
+    names = set(table.column_names)
+    if set(REQUIRED) <= names:
+        form: tuple[str, ...] = REQUIRED
+    elif set(TRL) <= names:
+        form = TRL
+    else:
+        wanted = TRL if {"chosen", "rejected"} & names else REQUIRED
+        missing = [name for name in wanted if name not in names]
+        raise InputError(
+            f"{origin} lacks the column(s) {', '.join(missing)}; it has {', '.join(sorted(names)) or 'none'}: "
+            "rename columns with --map, for example --map user_id=worker."
+        )
+    columns = {name: _strings(table[name], name, place) for name in form if name != "y"}
+    if form is TRL:
+        columns, y = _from_trl(columns, seed)
+    else:
+        y = _answers(table["y"], place)
+    columns |= {name: _strings(table[name], name, place) for name in OPTIONAL if name in names}
+    same = pc.equal(columns["response_1"], columns["response_2"])
+    if ties == "refuse":
+        place.refuse(
+            pa.array(y == 0), "has y = 0, a tie; ties are refused by default: choose --ties drop or --ties half"
+        )
+    out = pa.table({**columns, "y": pa.array(y)})
+    keep = pc.invert(same)
+    if pc.any(same).as_py():
+        place.warn(same, "two identical responses hold no preference, so the row is left out")
+    if ties == "drop":
+        keep = pc.and_(keep, pa.array(y != 0))
+    return out.filter(keep)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Says where in a file a row stands."""
+
+    origin: str
+    unit: str
+    numbers: Sequence[int] | None
+
+    def refuse(self, bad: pa.Array | pa.ChunkedArray, what: str) -> None:
+        """Raise InputError for the first row at which `bad` is true."""
+        if pc.any(bad).as_py():
+            raise InputError(self._sentence(bad, what))
+
+    def warn(self, bad: pa.Array | pa.ChunkedArray, what: str) -> None:
+        """Warn of the rows at which `bad` is true."""
+        warnings.warn(self._sentence(bad, what), PalcacheWarning, stacklevel=4)
+
+    def _sentence(self, bad: pa.Array | pa.ChunkedArray, what: str) -> str:
+        row = pc.index(bad, True).as_py()
+        number = self.numbers[row] if self.numbers is not None else row + 1
+        count = pc.sum(bad).as_py()
+        more = f" ({count} such rows in all)" if count > 1 else ""
+        return f"{self.origin}, {self.unit} {number}: {what}{more}."
+
+
+def _strings(column: pa.ChunkedArray, name: str, place: _Place) -> pa.ChunkedArray:
+    """Return a column as non-empty strings."""
+    place.refuse(pc.is_null(column), f"has no {name}; expected a non-empty text")
+    if pa.types.is_nested(column.type):
+        raise InputError(
+            f"{place.origin}: the column {name} holds {column.type}, expected plain text; render conversations with the "
+            "model's chat template first."
+        )
+    try:
+        strings = column.cast(pa.large_string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise InputError(f"{place.origin}: the column {name} holds {column.type}, expected text ({error}).") from error
+    empty = pc.equal(pc.binary_length(pc.utf8_trim_whitespace(strings)), 0)
+    place.refuse(empty, f"has an empty {name}; expected a non-empty text")
+    return strings
+
+
+def _answers(column: pa.ChunkedArray, place: _Place) -> npt.NDArray[np.int8]:
+    """Return y as int8 in {-1, 0, +1}."""
+    place.refuse(pc.is_null(column), "has no y; expected -1 (response_1 preferred) or +1 (response_2 preferred)")
+    texts = column.cast(pa.string()) if not pa.types.is_boolean(column.type) else pc.if_else(column, "true", "false")
+    trimmed = pc.utf8_ltrim(pc.utf8_trim_whitespace(texts), "+")
+    allowed = pa.array(["-1", "-1.0", "1", "1.0", "0", "0.0", "-0.0"])
+    good = pc.is_in(trimmed, value_set=allowed)
+    if not pc.all(good).as_py():
+        first = texts[pc.index(good, False).as_py()].as_py()
+        expected = f"has y = {first!r}; expected -1 (response_1 preferred) or +1 (response_2 preferred)"
+        place.refuse(pc.invert(good), expected)
+    return np.asarray(pc.cast(trimmed, pa.float64()).to_numpy()).astype(np.int8)
+
+
+def _from_trl(
+    columns: dict[str, pa.ChunkedArray], seed: int
+) -> tuple[dict[str, pa.ChunkedArray], npt.NDArray[np.int8]]:
+    """Place chosen and rejected left or right by a fair, seeded coin."""
+    n = len(columns["prompt"])
+    right = np.random.Generator(np.random.PCG64(seed)).integers(0, 2, size=n).astype(bool)
+    mask = pa.array(right)
+    chosen, rejected = columns.pop("chosen"), columns.pop("rejected")
+    columns["response_1"] = pc.if_else(mask, rejected, chosen)
+    columns["response_2"] = pc.if_else(mask, chosen, rejected)
+    return columns, np.where(right, 1, -1).astype(np.int8)

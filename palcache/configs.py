@@ -1,0 +1,278 @@
+"""One small frozen dataclass per stage, from keywords or TOML; a value that cannot work is refused here."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import tomllib
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, Self, Union, get_args, get_origin, get_type_hints
+
+from palcache.errors import InputError
+
+Device = str
+"""`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
+ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
+StoredDtype = Literal["float16", "bfloat16", "float32"]
+SplitBy = Literal["auto", "row", "pair", "prompt", "user", "column"]
+UnknownUsers = Literal["refuse", "generic", "drop"]
+
+PROJECTOR = re.compile(
+    r"identity|mlp(?P<hidden>\d+)-(?P<activation>relu|gelu|linear)-dropout(?P<dropout>\d+)"
+    r"(?P<residual>-residual)?(?P<nobias>-nobias)?"
+)
+PROJECTOR_GRAMMAR = "identity or mlp{L}-{relu|gelu|linear}-dropout{D}[-residual][-nobias]"
+
+
+MIN_STEPS: Final = 600
+MIN_EPOCHS: Final = 4
+"""What `epochs = None` stands for: short tables are seen more often, long ones a few times."""
+
+
+class Config:
+    """Base of the stage configurations: checked construction from mappings and TOML.
+
+    Abstract: the stages' frozen dataclasses derive from it.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], *, origin: str = "configuration") -> Self:
+        """Build a configuration from names and values.
+
+        Raises:
+            InputError: a name is unknown (the nearest one is named) or a value has the wrong type.
+        """
+        hints = get_type_hints(cls)
+        known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        for name, value in values.items():
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}."
+                raise InputError(f"{origin}: unknown key {name}; {hint}")
+            if not _matches(value, hints[name]):
+                raise InputError(f"{origin}: {name} = {value!r}; expected {_describe(hints[name])}.")
+        return cls(**values)
+
+    @classmethod
+    def from_toml(cls, path: Path, **overrides: Any) -> Self:
+        """Build a configuration from a TOML file; overrides that are not None win over the file.
+
+        Raises:
+            InputError: the file is missing, is not TOML, or holds an unknown key or a wrong value.
+        """
+        return cls.from_mapping(read_toml(path) | _given(overrides), origin=str(path))
+
+    @classmethod
+    def from_options(cls, **options: Any) -> Self:
+        """Build a configuration from options of which None means "the default"."""
+        return cls.from_mapping(_given(options), origin="options")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return names and values, fit for JSON and TOML."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload,no-any-return]
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the table in a TOML file.
+
+    Raises:
+        InputError: the file is missing or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"The configuration {path} cannot be read ({error.strerror}).") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not TOML: {error}.") from error
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if origin is Literal:
+        return value in get_args(hint)
+    if origin in {Union, types.UnionType}:
+        return any(_matches(value, member) for member in get_args(hint))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, get_args(hint)))
+    if get_origin(hint) in {Union, types.UnionType}:
+        return " or ".join(_describe(member) for member in get_args(hint))
+    return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}.get(hint, str(hint))
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise InputError with `message` unless the condition holds."""
+    if not condition:
+        raise InputError(message)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitConfig(Config):
+    """How comparisons are divided into train, validation and test.
+
+    Attributes:
+        by: the unit that stays in one split; `auto` takes the table's split column, else splits by pair.
+        val: share of the units for validation, in [0, 1).
+        test: share of the units for testing, in [0, 1).
+        seed: of the draw.
+    """
+
+    by: SplitBy = "auto"
+    val: float = 0.1
+    test: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.val < 1 and 0 <= self.test < 1 and self.val + self.test < 1,
+            f"Got val = {self.val} and test = {self.test}; expected shares in [0, 1) that leave something for training.",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedConfig(Config):
+    """How texts become vectors (stage 1).
+
+    Attributes:
+        model: `minilm`, the id of a sentence-transformers model on the hub, or a folder.
+        revision: branch, tag or commit of a hub model.
+        trust_remote_code: let the model's repository run its own code.
+        device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
+        compute_dtype: type of the forward pass; `auto` is bfloat16 on CUDA devices that have it, else float32.
+        dtype: type of the stored vectors.
+        max_tokens: truncate texts to this many tokens; None keeps the model's own limit.
+        token_budget: padded tokens per batch; None chooses by device.
+        shard_rows: rows per shard file.
+    """
+
+    model: str = "minilm"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    device: Device = "auto"
+    compute_dtype: ComputeDtype = "auto"
+    dtype: StoredDtype = "float16"
+    max_tokens: int | None = None
+    token_budget: int | None = None
+    shard_rows: int = 32_768
+
+    def __post_init__(self) -> None:
+        require(bool(self.model), "Got an empty model; expected minilm, a hub id or a folder.")
+        require(self.shard_rows >= 1, f"Got shard_rows = {self.shard_rows}; expected at least 1.")
+        for name in ("max_tokens", "token_budget"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"Got {name} = {value}; expected at least 1.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadConfig(Config):
+    """The shape of a PAL-B head.
+
+    Attributes:
+        k: number of prototypes; 1 is the user-blind head.
+        p: width of the preference space; None is the encoder's width.
+        projector: name in the grammar `PROJECTOR_GRAMMAR`.
+        temperature: of the softmax over a user's weights.
+    """
+
+    k: int = 2
+    p: int | None = 64
+    projector: str = "mlp2-relu-dropout1"
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.k >= 1, f"Got k = {self.k}; expected at least one prototype.")
+        require(self.p is None or self.p >= 1, f"Got p = {self.p}; expected a width of at least 1.")
+        require(self.temperature > 0, f"Got temperature = {self.temperature}; expected a number above 0.")
+        require(
+            PROJECTOR.fullmatch(self.projector) is not None,
+            f"Got the projector {self.projector!r}; expected {PROJECTOR_GRAMMAR}, for example mlp2-gelu-dropout05.",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitConfig(Config):
+    """How a head is trained (stage 2).
+
+    Attributes:
+        batch_size: comparisons per step.
+        epochs: passes over the training comparisons; None takes as many as make `MIN_STEPS` steps, at least `MIN_EPOCHS`.
+        lr: peak learning rate of the projectors.
+        lr_users: peak learning rate of the user weights.
+        lr_scale: peak learning rate of logit_scale.
+        weight_decay: of the projectors (AdamW, decoupled).
+        warmup: share of the steps in which the learning rates rise linearly; after that they fall as a cosine to 0.
+        evaluations: how often, evenly over the run, validation is measured.
+        patience: stop after this many evaluations without a lower validation loss; 0 never stops early.
+        seed: of the initialisation, the order of the comparisons and the dropout.
+    """
+
+    batch_size: int = 256
+    epochs: int | None = None
+    lr: float = 1e-3
+    lr_users: float = 0.1
+    lr_scale: float = 0.01
+    weight_decay: float = 0.01
+    warmup: float = 0.05
+    evaluations: int = 20
+    patience: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, f"Got batch_size = {self.batch_size}; expected at least 1.")
+        require(self.epochs is None or self.epochs >= 1, f"Got epochs = {self.epochs}; expected at least 1.")
+        require(self.evaluations >= 1, f"Got evaluations = {self.evaluations}; expected at least 1.")
+        require(self.patience >= 0, f"Got patience = {self.patience}; expected 0 (never stop early) or more.")
+        require(0 <= self.warmup < 1, f"Got warmup = {self.warmup}; expected a share in [0, 1).")
+        require(0 <= self.seed < 2**32, f"Got seed = {self.seed}; expected a whole number in [0, 2**32).")
+        for name in ("lr", "lr_users", "lr_scale", "weight_decay"):
+            value = getattr(self, name)
+            require(0 <= value < float("inf"), f"Got {name} = {value}; expected a finite number of at least 0.")
+
+    def total_epochs(self, comparisons: int) -> int:
+        """Return the number of epochs for a number of training comparisons."""
+        if self.epochs is not None:
+            return self.epochs
+        steps_per_epoch = -(-comparisons // self.batch_size)
+        return max(MIN_EPOCHS, -(-MIN_STEPS // steps_per_epoch))
+
+
+def read_config_file(path: Path, sections: Mapping[str, type[Config]]) -> dict[str, dict[str, Any]]:
+    """Return a flat TOML file's keys sorted into the stages that know them.
+
+    Args:
+        path: a TOML file whose keys are the fields of several stages, for example `k = 3` and `lr = 1e-3`.
+        sections: name of a stage -> its configuration class.
+
+    Raises:
+        InputError: a key belongs to none of the stages (the nearest one is named).
+    """
+    out: dict[str, dict[str, Any]] = {name: {} for name in sections}
+    fields = {
+        field.name: section
+        for section, config in sections.items()
+        for field in dataclasses.fields(config)  # type: ignore[arg-type]
+    }
+    for key, value in read_toml(path).items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, list(fields), n=1)
+            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(fields)}."
+            raise InputError(f"{path}: unknown key {key}; {hint}")
+        out[fields[key]][key] = value
+    return out

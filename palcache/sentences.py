@@ -1,0 +1,298 @@
+"""Everyday questions with replies for two opposite tastes: the words of the synthetic sample (data only)."""
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+Taste = Literal["adventurous", "homely", "careless"]
+"""Whom a reply appeals to; a careless reply (a shrug, or off the subject) appeals to nobody."""
+
+_TASTES: Final[tuple[Taste, ...]] = (*("adventurous",) * 3, *("homely",) * 3, *("careless",) * 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One reply and the taste it appeals to."""
+
+    text: str
+    taste: Taste
+
+
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """A prompt with eight replies: three adventurous, three homely, two careless."""
+
+    prompt: str
+    responses: tuple[Response, ...]
+
+
+def _topic(prompt: str, *texts: str) -> Topic:
+    return Topic(prompt, tuple(Response(text, taste) for text, taste in zip(texts, _TASTES, strict=True)))
+
+
+TOPICS: Final[tuple[Topic, ...]] = (
+    _topic(
+        "Suggest something for Saturday afternoon.",
+        "Grab a few friends and kayak down the river until you find a beach nobody has named yet.",
+        "There is an open climbing session at the quarry, and strangers there are happy to hold your rope.",
+        "Cycle out of town with no map and turn wherever the road looks more interesting.",
+        "Make a pot of tea, pull the armchair to the window and finish the novel on your bedside table.",
+        "Bake the bread you know by heart and let the smell fill the kitchen while the radio murmurs.",
+        "A long bath, clean pyjamas and an old film you have already seen would do you good.",
+        "No idea, Saturdays are all the same to me, so just do whatever and stop asking me things.",
+        "The invoice number goes in the top right corner of the form, and not in the left one.",
+    ),
+    _topic(
+        "How should I spend a small bonus?",
+        "Book the cheapest flight to a country whose language you cannot speak and see what happens.",
+        "Put it towards a tandem skydive and talk two colleagues into jumping with you.",
+        "Buy a second-hand surfboard and spend every free morning this month falling into cold waves.",
+        "A good reading lamp and a thick wool blanket will make every quiet evening at home nicer.",
+        "Treat yourself to that heavy cast iron pot and cook slow stews in it for years.",
+        "Leave most of it in savings and buy the slippers you keep admiring in the shop.",
+        "Money is money, spend it or do not spend it, I really could not care less.",
+        "Most beetles have six legs, and I think that a good many of them live underneath bark.",
+    ),
+    _topic(
+        "What could I do on my birthday this year?",
+        "Rent a boat, invite everyone you met this year and dance on deck until the sun comes up.",
+        "Celebrate on a mountain top with a headlamp, a flask of rum and whoever dares to join you.",
+        "Let a friend plan a secret trip and only learn the destination at the airport gate.",
+        "Ask for your favourite soup, light one candle and spend the evening with your photo albums.",
+        "Stay in, switch off the phone and do the big jigsaw you have been saving since winter.",
+        "Keep it as you always do, with apple cake at the kitchen table and an early night.",
+        "Birthdays happen every year, so I truly fail to see why this one needs any thought at all.",
+        "You will want a ten millimetre spanner for the second bolt, and then check the oil again.",
+    ),
+    _topic(
+        "Can you recommend a holiday for next summer?",
+        "Join a crew sailing between the Greek islands, taking turns at the helm and sleeping on deck.",
+        "Hike across Iceland with a tent, wade the glacier rivers and share stoves with other walkers.",
+        "Take the night buses through Bolivia and decide each morning which way to go next.",
+        "Go back to the same little cottage by the lake, where you know every creaking floorboard.",
+        "Stay home for two weeks, draw the curtains in the heat and work through a pile of books.",
+        "A quiet guesthouse with a walled garden, a deckchair and breakfast at nine would be restful.",
+        "Somewhere, anywhere, it makes no difference to me, all places are basically the same place.",
+        "The password must have eight letters and it expires on the very last day of the quarter.",
+    ),
+    _topic(
+        "I have a free evening tonight. Any ideas?",
+        "Head to the salsa club by the harbour, walk up to a stranger and ask for a dance.",
+        "There is a night hike to the ridge starting at nine, and the group is always lively.",
+        "Put your name down at the comedy cellar and try five minutes of jokes on a real crowd.",
+        "Dim the lamps, put on a record you love and knit another few rows of that scarf.",
+        "Cook a simple risotto for one and eat it slowly on the sofa with the cat beside you.",
+        "Write a long letter by hand, then go to bed early with a hot water bottle.",
+        "You could think of something on your own, you know, it is hardly my evening to fill.",
+        "Parcels over five kilos have to be handed in at the counter before noon on weekdays.",
+    ),
+    _topic(
+        "What new hobby should I take up?",
+        "Try whitewater rafting, the local club takes beginners down the wild stretch every Sunday.",
+        "Learn to fly a paraglider and see your own town from a thousand metres up.",
+        "Join a street theatre troupe and perform in a different square every weekend.",
+        "Take up embroidery, which asks for nothing but a chair, good light and a patient hour.",
+        "Growing herbs on the windowsill is calm work, and you never have to leave the flat.",
+        "Bookbinding suits a quiet mind, just you, some paper and a pot of glue at the table.",
+        "Pick one from a list somewhere, they are all equally pointless after a week or so anyway.",
+        "The timetable for the replacement bus was printed on yellow paper last time, I believe.",
+    ),
+    _topic(
+        "How can I get more exercise?",
+        "Sign up for an obstacle race with your whole office and train together in the mud.",
+        "Run the forest trails at dawn and swim across the lake on the way back.",
+        "Find a bouldering partner and chase harder routes on real rock every weekend.",
+        "A little gentle stretching on the bedroom rug each morning soon becomes a comfortable habit.",
+        "Put an exercise bike in front of the television and pedal through your favourite series.",
+        "Follow a slow yoga video in the living room with the curtains closed and nobody watching.",
+        "Exercise is exercise, move or do not move, it is honestly all the same to me.",
+        "My neighbour repainted his garage door grey, and it took him two coats to cover the green.",
+    ),
+    _topic(
+        "What should I cook this weekend?",
+        "Dig a fire pit on the beach, roast whatever the fishermen sell you and feed everyone nearby.",
+        "Choose a cuisine you have never tasted, hunt for the spices at the market and throw a party.",
+        "Cook the hottest Sichuan dish you can find and dare your friends to finish it.",
+        "Make the potato soup your grandmother made, it simmers by itself while you sit and read.",
+        "A plain roast chicken with carrots will warm the house and leave leftovers for quiet lunches.",
+        "Bake a rice pudding the way you always have and eat it from the bowl under a blanket.",
+        "Food of some sort, I suppose, you have eaten before now and will surely manage it again.",
+        "The meeting notes are in the shared folder, though somebody may well have renamed it since.",
+    ),
+    _topic(
+        "How do I make friends in a new town?",
+        "Say yes to everything for a month, from rooftop parties to midnight swims with new faces.",
+        "Join the rugby club even if you have never touched a ball, they go out after every match.",
+        "Start a weekend hiking group, post it everywhere and lead whoever turns up into the hills.",
+        "There is no hurry, chat with the librarian now and then and let one quiet friendship grow.",
+        "Call your oldest friend every Sunday from the sofa, one familiar voice is company enough.",
+        "Invite a single neighbour in for tea and cake, it is easier to talk at your own table.",
+        "People are everywhere, so talk to one or do not, this really is not a difficult matter.",
+        "Batteries of that size are sold in packs of four and sometimes, I hear, in packs of six.",
+    ),
+    _topic(
+        "How could I use my garden more?",
+        "Build a climbing wall against the shed and invite the whole street over to race up it.",
+        "Hang a rope swing from the oak, dig a fire pit and camp under the stars with friends.",
+        "Turn it into an open air stage and let unknown bands play loud all summer long.",
+        "Put a small bench behind the hedge where nobody can see you and read there in peace.",
+        "Plant lavender and thyme by the back door so that you can smell them from the kitchen.",
+        "Potter among the same rose beds every evening, a little weeding alone calms the nerves.",
+        "It is a garden, leave it there, grass will grow whether or not anyone thinks about it.",
+        "Press the reset button for five seconds and the display should go back to zero.",
+    ),
+    _topic(
+        "Where should we go on a first date?",
+        "Rent two motorbikes, follow the coast road and stop wherever someone is playing music.",
+        "Take them to a trapeze class, nothing breaks the ice like letting go of a bar together.",
+        "Explore the night market, order the strangest dish at each stall and dance in the square.",
+        "Invite them for homemade soup and a board game at your kitchen table, with soft music on.",
+        "Meet in the small bookshop cafe you always go to and share a pot of tea in the corner.",
+        "Watch an old black and white film at home under one blanket and talk quietly afterwards.",
+        "A date is two people sitting somewhere, so go and sit down somewhere and see if I care.",
+        "The copper pipes were replaced in the east wing, and the plumber left at half past two.",
+    ),
+    _topic(
+        "How should I spend the last night of the year?",
+        "Join the crowd that plunges into the sea at midnight, screaming, with fireworks overhead.",
+        "Snowshoe up to the hut with ten people you barely know and toast on the summit.",
+        "Catch a train to a city you have never seen and follow the loudest street party.",
+        "Stay by the stove with a bowl of lentils and a good book, and sleep through the noise.",
+        "Tidy your desk, light a candle and write down quietly what this year has meant to you.",
+        "Watch the usual concert on television in your dressing gown and be in bed by eleven.",
+        "It is a night like any other, nothing changes, do nothing or something, fine by me.",
+        "Remember to descale the machine after two hundred cups or the warning light stays on.",
+    ),
+    _topic(
+        "What should I do with a day off in the middle of the week?",
+        "Hitch a ride to the coast, borrow a wetsuit and let someone teach you to windsurf.",
+        "Throw a tent in the car, phone your boldest friend and chase the storm over the moors.",
+        "Ride the first train to its last stop and explore the unknown end of the line until dark.",
+        "Sleep late, air the rooms and iron the sheets while an audiobook keeps you company.",
+        "Sort the button box, mend that cardigan and have toast by the radiator at four.",
+        "Spend it alone on the sofa with a crossword, a pot of coffee and the rain outside.",
+        "Days off are wasted anyway, so waste it however you like and please leave me out of it.",
+        "Version three of the manual has exactly the same pictures as version two but a new cover.",
+    ),
+    _topic(
+        "Can you suggest a gift for my sister?",
+        "Give her a hot air balloon ride at sunrise, and go up with her to share the view.",
+        "A voucher for a scuba course would have her diving shipwrecks with a new crowd by summer.",
+        "Buy two tickets to a wild desert festival and tell her only what she has to pack.",
+        "A soft cashmere shawl for reading by the fire is a present she will use every evening.",
+        "Frame an old family photograph for her hallway, familiar faces make a home feel warm.",
+        "Put together a box of her favourite teas, a candle and a new puzzle for quiet nights in.",
+        "Sisters are not hard, just hand over whatever happens to be lying nearest to the till.",
+        "The lift is inspected every spring and the certificate hangs next to the lower buttons.",
+    ),
+    _topic(
+        "How can I enjoy music more?",
+        "Travel to a festival in a muddy field, pitch a tent by the stage and sing with thousands.",
+        "Pick up a drum and join the samba parade, they march in the streets and welcome beginners.",
+        "Go to a concert of a band you have never heard of and push to the very front.",
+        "Lie on the carpet with good headphones and play one beloved album from start to finish.",
+        "Practise the same gentle piano piece at home each evening until your fingers know it.",
+        "Keep the radio on low in the kitchen, old songs go well with peeling potatoes alone.",
+        "Turn it on or turn it off, music is only noise in the end and I have nothing more to add.",
+        "Applications for a parking permit need a blue stamp from the second office on the left.",
+    ),
+    _topic(
+        "What should I do when it rains all week?",
+        "Pull on boots and go canyoning, the waterfalls are at their wildest after days of rain.",
+        "Gather the neighbours for a muddy football match and slide until everyone is soaked.",
+        "Pack a poncho and hike the gorge anyway, storms make the best stories afterwards.",
+        "Stay indoors, stack the firewood and listen to the drops while you knit by the stove.",
+        "It is perfect weather for a long novel, thick socks and soup from the freezer.",
+        "Rearrange the bookshelf, drink cocoa and do not set foot outside until Friday.",
+        "Rain is wet and then it stops, and that is honestly all that anyone can say about it.",
+        "Forks go in the left drawer, and the spare keys used to hang behind the clock.",
+    ),
+    _topic(
+        "How should I celebrate finishing my exams?",
+        "Leap off the high rocks into the bay with your classmates and sleep on the sand.",
+        "Buy a rail pass tomorrow and see six countries with whoever is mad enough to come along.",
+        "Hire a bus, fill it with friends and drive overnight to the biggest party on the coast.",
+        "Put the textbooks in a box, order your usual pizza and watch a comfort series in bed.",
+        "Take a whole silent day at home with no alarm, fresh sheets and a favourite old book.",
+        "Ask your mother to make pancakes and spend the afternoon in the quiet of your old room.",
+        "Exams end for everyone at some point, so make a fuss about it or make none, whatever.",
+        "Tin roofs are louder than slate ones, as far as anybody in our office is able to remember.",
+    ),
+    _topic(
+        "What would be a good plan for Sunday with the children?",
+        "Float down the stream on inflated tubes, and let the kids paddle first through the rapids.",
+        "Race two other families through the wild woods to find a hidden treasure with a compass.",
+        "Take them climbing in the treetops, the rope course is high and wobbly and huge fun.",
+        "Build a den from sofa cushions and read aloud the storybook they already know by heart.",
+        "Bake ginger biscuits together at the kitchen table, then draw quietly until supper.",
+        "Keep everybody in pyjamas, bring out the old wooden train set and have cocoa by the heater.",
+        "Children will do something by themselves, they always do, so there is really nothing to plan.",
+        "Ink cartridges come in cyan and magenta, and the box says that you should not shake them.",
+    ),
+    _topic(
+        "How can I relax after a hard week at work?",
+        "Drive out to the cliffs on Friday night, sleep in the van and surf the first waves at dawn.",
+        "Shout yourself hoarse at a packed football ground and celebrate with strangers afterwards.",
+        "Let off steam on a mountain bike, a fast forest descent makes you forget the office.",
+        "Run a hot bath with lavender, close the door and stay there until the water cools.",
+        "Sit alone in your favourite chair with a blanket and do nothing but watch the fire.",
+        "Cook porridge, put on soft socks and reread a book that has never disappointed you.",
+        "Everybody is tired, that is how weeks work, and no answer that I could give will fix yours.",
+        "Lines in column four are rounded down unless the cell next to them is left blank.",
+    ),
+    _topic(
+        "Where should I eat tonight?",
+        "Follow the noise to the street stalls by the docks and eat something you cannot name.",
+        "Try the supper club where twelve strangers share a table and the menu is a secret.",
+        "Carry a grill up the hill and cook over embers above the city lights with a noisy gang.",
+        "Eat at home, warm up the stew from yesterday and enjoy it at your own table in slippers.",
+        "Go to the small cafe on your corner, sit in the usual seat and order the usual pie.",
+        "Make a cheese sandwich, brew some tea and have a peaceful supper with the evening paper.",
+        "A plate is a plate, you will get hungry at some point and then eat, so why ask me.",
+        "Hinges of that type are fitted with three screws, although two will hold for a while.",
+    ),
+    _topic(
+        "What should I learn this winter?",
+        "Learn to drive a husky sled, you will spend the cold months racing across frozen lakes.",
+        "Take an improv course, stand on stage without a script and let the crowd shout ideas.",
+        "Learn ski touring with a club and climb a new peak beyond the lifts every weekend.",
+        "Learn to darn socks and patch elbows, slow handwork by the lamp makes dark evenings snug.",
+        "Teach yourself calligraphy at home, one letter a night with ink, paper and silence.",
+        "Work through the bread chapter of your old cookbook and learn what your own oven can do.",
+        "Learn or do not learn, by spring you will have forgotten all of it, so who cares.",
+        "Two of the chairs in the waiting room wobble, and the third one has been taken away.",
+    ),
+    _topic(
+        "How should I arrange the spare room?",
+        "Fill it with surfboards, ropes and tents so that you can leave on an expedition in minutes.",
+        "Paint it bright orange, hang a disco ball and throw dance nights for the whole block.",
+        "Put in bunks for travellers from everywhere and let each one pick the next adventure.",
+        "Line it with shelves and set one deep armchair by the radiator for undisturbed reading.",
+        "Make it a small sewing room with a tidy table, a warm rug and a door you can close.",
+        "A plain bed, flowered curtains and the old family quilt will make it snug and restful.",
+        "It is spare, so leave it spare, or put some stuff in it, I was not really listening.",
+        "Lemons are sold by weight here, except on the days when they are sold by number.",
+    ),
+    _topic(
+        "What should I do during my lunch break?",
+        "Race your colleagues up the lookout tower and eat your sandwich on top in the wind.",
+        "Swim in the harbour with the cold water crowd, you will come back grinning and wide awake.",
+        "Pick someone you have never spoken to and challenge them to table tennis in the park.",
+        "Find an empty room, unwrap the lunch you made at home and read a chapter in silence.",
+        "Sit with your thermos in the same quiet corner of the library you always choose.",
+        "Close your eyes for a while with soft music in your headphones, then have a cup of tea.",
+        "Eat, presumably, that is what the word lunch means, and I have no further thoughts.",
+        "Each carriage has a number on the door, and the numbers start from the far end.",
+    ),
+    _topic(
+        "How can I make my evenings less boring?",
+        "Join the roller derby team, the bruises are real but so are the laughs and the new friends.",
+        "Accept the first invitation you get each night, even if it is fire breathing in the park.",
+        "Go stargazing from a rooftop you have never climbed and bring along half the building.",
+        "Start a long classic series on television and keep to two episodes with a mug of cocoa.",
+        "Set up a small desk for watercolours and paint the same teapot until you truly see it.",
+        "Keep a diary by lamplight, a few quiet lines a day make even dull evenings feel full.",
+        "Boring evenings are normal and will go on being boring, and that is all I can tell you.",
+        "Sand delivered on a pallet is cheaper, but somebody has to sign the small green slip.",
+    ),
+)
+"""Two dozen topics. Every text occurs once, and the three tastes are alike in length, tone of writing and format."""

@@ -1,0 +1,162 @@
+"""Is a cache what it says? Every byte against its sum, and a sample of rows against the encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, final
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from palcache.cache import Cache, Space
+from palcache.comparisons import Comparisons
+from palcache.configs import EmbedConfig
+from palcache.encoders import Encoder, Role
+from palcache.encoding import full_spec
+from palcache.errors import CacheError, MismatchError
+from palcache.fingerprints import Keys, digest, hex_key, text_keys
+from palcache.indexes import KeyIndex
+
+MIN_COSINE: Final = {"float32": 0.99999, "float16": 0.9999, "bfloat16": 0.999}
+"""Lowest cosine of a stored and a fresh vector, by the coarser of the stored and the computed type."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What verify found.
+
+    Attributes:
+        shards: number of shards read.
+        rows: number of rows in them.
+        nbytes: bytes read.
+        problems: one sentence each; empty for a sound cache.
+        reencoded: rows compared with fresh vectors.
+        lowest_cosine: the lowest cosine among them; 1.0 where none was compared.
+    """
+
+    shards: int
+    rows: int
+    nbytes: int
+    problems: tuple[str, ...]
+    reencoded: int = 0
+    lowest_cosine: float = 1.0
+
+
+def verify_cache(cache: Cache, *, on_shard: Callable[[int], None] | None = None) -> Verification:
+    """Check every block sum, every shard's digest, the journal and every comparison table.
+
+    Args:
+        cache: the cache.
+        on_shard: called with the bytes of each shard once it has been read.
+    """
+    problems = [
+        f"The shard {name} of the space {space_id} is in the journal and not in its folder; embed the tables again."
+        for space_id, name in cache.missing_shards()
+    ]
+    shards = rows = nbytes = 0
+    for space_id in cache.space_ids:
+        try:
+            space = cache.space(space_id)
+        except CacheError as error:
+            problems.append(str(error))
+            continue
+        for shard in space.shards:
+            shards, rows, nbytes = shards + 1, rows + shard.header.rows, nbytes + shard.path.stat().st_size
+            problems += [
+                f"{damage.path}: the bytes of {damage.dataset}, rows {damage.rows[0]} to {damage.rows[1] - 1}, are not "
+                "those that were written; delete the file and embed the tables again."
+                for damage in shard.damage()
+            ]
+            if on_shard:
+                on_shard(shard.path.stat().st_size)
+    problems += _table_problems(cache)
+    return Verification(shards, rows, nbytes, tuple(problems))
+
+
+def _table_problems(cache: Cache) -> list[str]:
+    problems = []
+    for name in cache.comparison_names:
+        try:
+            stored = cache.comparisons(name)
+            for prompt_id, response_id in stored.spaces:
+                for space_id, keys in ((prompt_id, stored.prompt_keys), (response_id, stored.response_keys)):
+                    missing = int((cache.space(space_id).find(keys) < 0).sum())
+                    if missing:
+                        problems.append(
+                            f"{missing} texts of the table {name} have no vector in the space {space_id}; embed it again."
+                        )
+        except (CacheError, MismatchError) as error:
+            problems.append(str(error))
+    return problems
+
+
+def reencode_sample(cache: Cache, encoder: Encoder, count: int, *, seed: int = 0) -> tuple[int, float, tuple[str, ...]]:
+    """Encode some rows again and compare them with the stored vectors.
+
+    Args:
+        cache: the cache.
+        encoder: the model that filled it.
+        count: rows per space, drawn among those whose texts the comparison tables hold.
+        seed: of the draw.
+
+    Returns:
+        The rows compared, the lowest cosine, and one sentence per row that differs.
+
+    Raises:
+        MismatchError: no space of the cache is of this encoder; the message names the fields that differ.
+    """
+    generator = np.random.Generator(np.random.PCG64(seed))
+    compared, lowest, problems = 0, 1.0, []
+    for space in _spaces_of(cache, encoder):
+        role: Role = "prompt" if space.role == "prompt" else "response"
+        texts, keys = _texts(cache, space, role)
+        if not len(texts):
+            continue
+        picked = generator.permutation(len(texts))[:count]
+        window = encoder.tokenize(texts.take(pa.array(picked)).to_pylist(), role)
+        fresh = encoder.encode(window, np.arange(len(picked)), role).cpu()
+        stored = space.rows(space.find(keys[picked])).float()
+        cosine = torch.nn.functional.cosine_similarity(fresh, stored, dim=1)
+        coarse = min(space.dtype, str(space.spec["compute_dtype"]), key=MIN_COSINE.__getitem__)
+        problems += [
+            f"The vector with the key {hex_key(keys[picked[row]])} in the {role} space has cosine {float(cosine[row]):.5f} "
+            "to a fresh one; it was written by another model or another version of its libraries."
+            for row in torch.nonzero(~(cosine >= MIN_COSINE[coarse]))[:, 0].tolist()
+        ]
+        compared, lowest = compared + len(picked), min(lowest, float(cosine.min()))
+    return compared, lowest, tuple(problems)
+
+
+def _spaces_of(cache: Cache, encoder: Encoder) -> list[Space]:
+    wanted: tuple[Role, Role] = ("prompt", "response")
+    found, differing = [], set()
+    for space_id in cache.space_ids:
+        space = cache.space(space_id)
+        if space.role not in wanted:
+            continue
+        role: Role = "prompt" if space.role == "prompt" else "response"
+        spec = full_spec(encoder, role, EmbedConfig(dtype=space.dtype))
+        if digest(spec) == space_id:
+            found.append(space)
+        else:
+            differing |= {key for key in spec.keys() | space.spec.keys() if spec.get(key) != space.spec.get(key)}
+    if not found:
+        raise MismatchError(
+            f"No space of {cache.path} was written by the encoder {encoder.about.get('model')}: they differ in "
+            f"{', '.join(sorted(differing)) or 'everything'}; name the right one with --model and --compute-dtype."
+        )
+    return found
+
+
+def _texts(cache: Cache, space: Space, role: Role) -> tuple[pa.Array, Keys]:
+    """Return the distinct texts of all tables that have a row in a space, and their keys."""
+    tables: list[Comparisons] = [cache.comparisons(name).comparisons for name in cache.comparison_names]
+    parts = [table.prompts.values if role == "prompt" else table.responses for table in tables]
+    texts = pa.concat_arrays([*parts, pa.array([], pa.large_string())])
+    keys = text_keys(texts)
+    first = np.sort(KeyIndex.build(keys).positions)
+    first = first[space.find(keys[first]) >= 0]
+    return texts.take(pa.array(first)), keys[first]
