@@ -90,6 +90,7 @@ class EmbedProgress:
         texts_total: texts this run has to encode.
         tokens: tokens encoded by this run.
         tokens_total: tokens it has to encode: known for tokenised windows, extrapolated for the rest.
+        started: `time.perf_counter()` when this role's encoding began.
         waiting: nothing is left but what another writer is working on.
     """
 
@@ -98,6 +99,7 @@ class EmbedProgress:
     texts_total: int
     tokens: int
     tokens_total: int
+    started: float
     waiting: bool = False
 
 
@@ -268,6 +270,7 @@ class _SpaceWriter:
         self._texts = self._tokens = 0
         self._texts_total = int((work.space.find(work.keys) < 0).sum())
         self._known_tokens = self._known_texts = 0
+        self._started = time.perf_counter()
 
     def run(self) -> None:
         """Encode until every wanted key is in a sealed shard."""
