@@ -13,12 +13,10 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, final
+from typing import BinaryIO, Final, final
 
 import numpy as np
-import numpy.typing as npt
 
-from palcache.errors import CacheError
 from palcache.files import publish, storage_errors
 from palcache.fingerprints import KEY_BYTES, Keys, canonical_json
 from palcache.indexes import KeyIndex
@@ -28,7 +26,7 @@ PARTIAL: Final = ".partial"
 
 
 @final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Claim:
     """The right to write one shard, held until `release`.
 
@@ -36,13 +34,13 @@ class Claim:
         folder: the space's folder of shards.
         sequence: the shard's number.
         keys: its row keys in row order, (N, 16).
-        descriptor: the locked file.
+        file: the claim's own file, open and locked.
     """
 
     folder: Path
     sequence: int
     keys: Keys
-    descriptor: int
+    file: BinaryIO
 
     @property
     def path(self) -> Path:
@@ -68,14 +66,15 @@ class Claim:
         self.release()
 
     def release(self) -> None:
-        """Let go of the claim; its files stay for whoever resumes."""
-        with contextlib.suppress(OSError):
-            os.close(self.descriptor)
+        """Let go of the claim; its files stay for whoever resumes. May be called twice."""
+        self.file.close()
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on a file for a short critical section; waits for other holders.
+
+    Temporary files beside it are removed: whoever writes one holds this lock, so they are a killed writer's.
 
     Raises:
         StorageError: the folder cannot be written.
@@ -85,12 +84,14 @@ def locked(path: Path) -> Iterator[None]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
+        for leftover in path.parent.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
         yield
     finally:
         os.close(descriptor)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Standing:
     """What stands in a folder of shards besides sealed ones.
 
@@ -104,45 +105,53 @@ class Standing:
 
 
 def survey(folder: Path) -> Standing:
-    """Return the claims in a folder; those whose writer is dead are taken over. Call under the folder's lock."""
-    live, stale = [np.empty((0, KEY_BYTES), np.uint8)], []
-    for path in sorted(folder.glob(f"*{CLAIM}")):
+    """Return the claims in a folder; those whose writer is dead are taken over. Call under the space's lock.
+
+    What dead writers left and nobody can go on with is removed: claims of shards that are sealed, claims that a power
+    cut left empty, rows from before the last boot, temporary files.
+    """
+    live, stale, busy = [np.empty((0, KEY_BYTES), np.uint8)], [], set()
+    for path in sorted(folder.glob("[0-9]" * 6 + CLAIM)):
         try:
-            descriptor = os.open(path, os.O_RDWR)
+            file = path.open("r+b", buffering=0)
         except FileNotFoundError:  # its writer has just sealed the shard
             continue
-        head, keys = _read(path, descriptor)
+        boot, keys = _read(file)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(descriptor)
+            file.close()
             live.append(keys)
+            busy.add(path.stem)
             continue
-        claim = Claim(folder, int(path.stem), keys, descriptor)
-        if any(folder.glob(f"{path.stem}-*.h5")):  # killed between sealing the shard and ending the claim
+        claim = Claim(folder, int(path.stem), keys, file)
+        if not len(keys) or any(folder.glob(f"{path.stem}-*.h5")):  # sealed, then killed before the claim was ended
             claim.drop()
             continue
-        if head["boot"] != _boot_id():  # after a power cut the rows marked done may never have reached the disk
+        if boot != _boot_id():  # after a power cut the rows marked done may never have reached the disk
             claim.partial.unlink(missing_ok=True)
         stale.append(claim)
+    for leftover in folder.glob(".*.tmp"):
+        if leftover.name[1:7] not in busy:
+            leftover.unlink(missing_ok=True)
     return Standing(np.concatenate(live), tuple(stale))
 
 
 def make_claim(folder: Path, sequence: int, keys: Keys) -> Claim:
-    """Claim a new shard for some keys. Call under the folder's lock.
+    """Claim a new shard for some keys. Call under the space's lock.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written.
     """
     path = folder / f"{sequence:06d}{CLAIM}"
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary = folder / f".{path.name}.tmp"
     head = {"boot": _boot_id(), "host": os.uname().nodename, "pid": os.getpid()}
     with storage_errors(path):
         temporary.write_bytes(canonical_json(head) + b"\n" + np.ascontiguousarray(keys).tobytes())
-        descriptor = os.open(temporary, os.O_RDWR)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        file = temporary.open("r+b", buffering=0)
+        fcntl.flock(file, fcntl.LOCK_EX)
         temporary.replace(path)
-    return Claim(folder, sequence, keys, descriptor)
+    return Claim(folder, sequence, keys, file)
 
 
 def adoptable(claim: Claim, wanted: KeyIndex) -> bool:
@@ -156,17 +165,13 @@ def next_sequence(folder: Path) -> int:
     return max(numbers, default=0) + 1
 
 
-def _read(path: Path, descriptor: int) -> tuple[dict[str, Any], npt.NDArray[np.uint8]]:
-    content = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
-    line, _, body = content.partition(b"\n")
+def _read(file: BinaryIO) -> tuple[str, Keys]:
+    """Return a claim's boot and keys; no keys where a power cut or a stranger left something else."""
+    line, _, body = file.read().partition(b"\n")
     try:
-        head = json.loads(line)
-        return head, np.frombuffer(body, np.uint8).reshape(-1, KEY_BYTES)
-    except ValueError as error:
-        os.close(descriptor)
-        raise CacheError(
-            f"{path} is not a claim ({error}); delete it and run the same palcache embed again."
-        ) from error
+        return str(json.loads(line)["boot"]), np.frombuffer(body, np.uint8).reshape(-1, KEY_BYTES)
+    except (ValueError, KeyError, TypeError):
+        return "", np.empty((0, KEY_BYTES), np.uint8)
 
 
 def _boot_id() -> str:

@@ -59,7 +59,11 @@ class StoredComparisons:
 
 
 def write_stored(path: Path, stored: StoredComparisons) -> None:
-    """Replace the file at `path` by a table; the same table gives the same bytes."""
+    """Replace the file at `path` by a table; the same table gives the same bytes.
+
+    Raises:
+        StorageError: the disk is full, or `path` cannot be written.
+    """
 
     def write(temporary: Path) -> None:
         with h5py.File(temporary, "w") as file:
@@ -112,11 +116,12 @@ def read_stored(path: Path) -> StoredComparisons:
             fingerprint = str(file.attrs["fingerprint"])
             spaces = tuple((prompt, response) for prompt, response in json.loads(file.attrs["spaces"]))
             about = json.loads(file.attrs["about"])
-    except (OSError, KeyError, ValueError, RuntimeError, pa.ArrowInvalid) as error:
+        found = comparisons.fingerprint()
+    except (OSError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise CacheError(
             f"{path} cannot be read as a comparison table ({error}); run palcache embed on it again."
         ) from error
-    if comparisons.fingerprint() != fingerprint:
+    if found != fingerprint:
         raise CacheError(
             f"{path} is damaged: its content does not match its fingerprint; run palcache embed on it again."
         )

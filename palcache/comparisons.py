@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, final, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,8 @@ IntArray = npt.NDArray[np.int32]
 REQUIRED = ("user_id", "prompt", "response_1", "response_2", "y")
 TRL = ("user_id", "prompt", "chosen", "rejected")
 OPTIONAL = ("split", "group", "pair_id")
+COLUMNS = tuple(dict.fromkeys((*REQUIRED, *TRL, *OPTIONAL)))
+"""Every column that palcache reads."""
 SPLITS = ("train", "val", "test")
 
 
@@ -40,8 +43,8 @@ class Column:
     @classmethod
     def encode(cls, strings: pa.ChunkedArray | pa.Array) -> Column:
         """Dictionary-encode strings; values stand in order of first appearance."""
-        encoded = pa.chunked_array([strings] if isinstance(strings, pa.Array) else strings.chunks, pa.large_string())
-        chunks = encoded.dictionary_encode().unify_dictionaries().chunks
+        whole = pa.chunked_array([strings]) if isinstance(strings, pa.Array) else strings
+        chunks = whole.cast(pa.large_string()).dictionary_encode().unify_dictionaries().chunks
         if not chunks:
             return cls(pa.array([], pa.large_string()), np.empty(0, np.int32))
         codes = np.concatenate([chunk.indices.to_numpy(zero_copy_only=False) for chunk in chunks])
@@ -103,13 +106,25 @@ class Comparisons:
 
         Raises:
             InputError: a key is missing or a value is not allowed; the message names `origin` and the row.
+
+        Warns:
+            PalcacheWarning: rows with two identical responses are left out.
         """
-        table = pa.Table.from_pylist([dict(row) for row in rows])
-        return cls.from_tables([normalise(table, origin=origin, ties=ties, seed=seed)])
+        kept, place = list(rows), Place(origin)
+        if not kept:
+            raise InputError(f"{origin} are empty; give at least one comparison.")
+        names = dict.fromkeys(name for row in kept for name in row)
+        columns = {name: texts_of([row.get(name) for row in kept], name, place) for name in names if name in COLUMNS}
+        form_of(list(columns), origin, has=list(map(str, names)))
+        return cls.from_tables([normalise(pa.table(columns), place, ties=ties, seed=seed)])
 
     @classmethod
     def from_tables(cls, tables: Sequence[pa.Table]) -> Comparisons:
-        """Join tables that `normalise` has made; a column of `OPTIONAL` must stand in all of them or in none."""
+        """Join tables that `normalise` has made; a column of `OPTIONAL` must stand in all of them or in none.
+
+        Raises:
+            InputError: an optional column stands in some tables only, or no row is left.
+        """
         for name in OPTIONAL:
             with_it = [name in table.column_names for table in tables]
             if any(with_it) and not all(with_it):
@@ -118,7 +133,10 @@ class Comparisons:
                 )
         table = pa.concat_tables(tables)
         if not len(table):
-            raise InputError("The table has no comparisons; give at least one row.")
+            raise InputError(
+                "No comparison is left once ties and pairs of identical responses are out; give at least one row with a "
+                "preference."
+            )
         responses = Column.encode(
             pa.chunked_array([*table["response_1"].chunks, *table["response_2"].chunks], pa.large_string())
         )
@@ -146,9 +164,9 @@ class Comparisons:
             response_1=inverse[0],
             response_2=inverse[1],
             y=self.y[rows],
-            split=self.split.take(rows) if self.split else None,
-            group=self.group.take(rows) if self.group else None,
-            pair_id=self.pair_id.take(rows) if self.pair_id else None,
+            split=self.split.take(rows) if self.split is not None else None,
+            group=self.group.take(rows) if self.group is not None else None,
+            pair_id=self.pair_id.take(rows) if self.pair_id is not None else None,
         )
 
     def with_split(self, split: Column) -> Comparisons:
@@ -172,73 +190,24 @@ class Comparisons:
         return arrays_digest(arrays)
 
 
-def normalise(
-    table: pa.Table,
-    *,
-    origin: str,
-    ties: Ties = "refuse",
-    seed: int = 0,
-    numbers: Sequence[int] | None = None,
-    unit: str = "row",
-) -> pa.Table:
-    """Return a table with the columns of `REQUIRED` and those of `OPTIONAL` that it has, all checked.
-
-    Args:
-        table: columns as read, in the form `REQUIRED` or TRL's (`TRL`).
-        origin: the file's name, for messages.
-        ties: what to do with y = 0.
-        seed: draws the side of the chosen response for TRL's form, so that the label cannot be read off the side.
-        numbers: the number of each row in its file, for messages; by default 1, 2, ...
-        unit: what the numbers count: `row` or `line`.
-
-    Raises:
-        InputError: a column is missing, a value is empty or not allowed, or the file has neither form.
-
-    Warns:
-        PalcacheWarning: rows with two identical responses are left out.
-    """
-    if ties not in get_args(Ties):
-        raise InputError(f"Got the tie policy {ties!r}; expected one of {', '.join(get_args(Ties))}.")
-    place = _Place(origin, unit, numbers)
-    names = set(table.column_names)
-    if set(REQUIRED) <= names:
-        form: tuple[str, ...] = REQUIRED
-    elif set(TRL) <= names:
-        form = TRL
-    else:
-        wanted = TRL if {"chosen", "rejected"} & names else REQUIRED
-        missing = [name for name in wanted if name not in names]
-        raise InputError(
-            f"{origin} lacks the column(s) {', '.join(missing)}; it has {', '.join(sorted(names)) or 'none'}: "
-            "rename columns with --map, for example --map user_id=worker."
-        )
-    columns = {name: _strings(table[name], name, place) for name in form if name != "y"}
-    if form is TRL:
-        columns, y = _from_trl(columns, seed)
-    else:
-        y = _answers(table["y"], place)
-    columns |= {name: _strings(table[name], name, place) for name in OPTIONAL if name in names}
-    same = pc.equal(columns["response_1"], columns["response_2"])
-    if ties == "refuse":
-        place.refuse(
-            pa.array(y == 0), "has y = 0, a tie; ties are refused by default: choose --ties drop or --ties half"
-        )
-    out = pa.table({**columns, "y": pa.array(y)})
-    keep = pc.invert(same)
-    if pc.any(same).as_py():
-        place.warn(same, "two identical responses hold no preference, so the row is left out")
-    if ties == "drop":
-        keep = pc.and_(keep, pa.array(y != 0))
-    return out.filter(keep)
-
-
+@final
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """Says where in a file a row stands."""
+class Place:
+    """Says where in a file a row stands.
+
+    Attributes:
+        origin: the file's name.
+        unit: what the numbers count: `row` or `line`.
+        numbers: the number of each row in its file; by default 1, 2, ...
+    """
 
     origin: str
-    unit: str
-    numbers: Sequence[int] | None
+    unit: str = "row"
+    numbers: Sequence[int] | None = None
+
+    def at(self, row: int) -> str:
+        """Return the words for a row, counted from 0."""
+        return f"{self.origin}, {self.unit} {row + 1 if self.numbers is None else self.numbers[row]}"
 
     def refuse(self, bad: pa.Array | pa.ChunkedArray, what: str) -> None:
         """Raise InputError for the first row at which `bad` is true."""
@@ -250,42 +219,146 @@ class _Place:
         warnings.warn(self._sentence(bad, what), PalcacheWarning, stacklevel=4)
 
     def _sentence(self, bad: pa.Array | pa.ChunkedArray, what: str) -> str:
-        row = pc.index(bad, True).as_py()
-        number = self.numbers[row] if self.numbers is not None else row + 1
         count = pc.sum(bad).as_py()
-        more = f" ({count} such rows in all)" if count > 1 else ""
-        return f"{self.origin}, {self.unit} {number}: {what}{more}."
+        more = f" ({count} such {self.unit}s in all)" if count > 1 else ""
+        return f"{self.at(pc.index(bad, True).as_py())}: {what}{more}."
 
 
-def _strings(column: pa.ChunkedArray, name: str, place: _Place) -> pa.ChunkedArray:
+def normalise(table: pa.Table, place: Place, *, ties: Ties = "refuse", seed: int = 0) -> pa.Table:
+    """Return a table with the columns of `REQUIRED` and those of `OPTIONAL` that it has, all checked.
+
+    Args:
+        table: columns as read, in the form `REQUIRED` or TRL's (`TRL`).
+        place: names the file and its rows in messages.
+        ties: what to do with y = 0.
+        seed: draws the side of the chosen response for TRL's form, so that the label cannot be read off the side.
+
+    Raises:
+        InputError: a column is missing, a value is empty or not allowed, or the file has neither form.
+
+    Warns:
+        PalcacheWarning: rows with two identical responses are left out.
+    """
+    if ties not in get_args(Ties):
+        raise InputError(f"Got the tie policy {ties!r}; expected one of {', '.join(get_args(Ties))}.")
+    form = form_of(table.column_names, place.origin)
+    columns = {name: _strings(table[name], name, place) for name in form if name != "y"}
+    if form is TRL:
+        columns, y = _from_trl(columns, seed)
+    else:
+        y = _answers(table["y"], place)
+    columns |= {name: _strings(table[name], name, place) for name in OPTIONAL if name in table.column_names}
+    same = pc.equal(columns["response_1"], columns["response_2"])
+    tie = pc.and_(pc.invert(same), pa.array(y == 0))
+    if ties == "refuse":
+        place.refuse(tie, "has y = 0, a tie; ties are refused by default: choose --ties drop or --ties half")
+    if pc.any(same).as_py():
+        place.warn(same, "two identical responses hold no preference, so the row is left out")
+    left_out = pc.or_(same, tie) if ties == "drop" else same
+    out = pa.table({**columns, "y": pa.array(y)})
+    return out.filter(pc.invert(left_out)) if pc.any(left_out).as_py() else out
+
+
+def form_of(names: Sequence[str], origin: str, *, has: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Return the form that columns make: `REQUIRED`, else `TRL`.
+
+    Args:
+        names: palcache's names of the columns.
+        origin: the file's name, for messages.
+        has: the file's own names of its columns, for messages; by default `names`.
+
+    Raises:
+        InputError: neither form is whole; the message names what lacks and what is there.
+    """
+    for form in (REQUIRED, TRL):
+        if set(form) <= set(names):
+            return form
+    wanted = TRL if {"chosen", "rejected"} & set(names) else REQUIRED
+    missing = [name for name in wanted if name not in names]
+    there = ", ".join(sorted(names if has is None else has)) or "none"
+    raise InputError(
+        f"{origin} lacks the column(s) {', '.join(missing)}; it has {there}: rename columns with --map, for example "
+        f"--map {missing[0]}=NAME."
+    )
+
+
+def texts_of(values: Sequence[Any], name: str, place: Place) -> pa.Array:
+    """Return Python values as texts, written as typed files have them: 7 and 7.0 are `7`, True is `true`.
+
+    Args:
+        values: texts, numbers, truth values and None.
+        name: of the column, for messages.
+        place: says where a value stands, for messages.
+
+    Raises:
+        InputError: a value is a list or an object, or a text that is not Unicode.
+    """
+    texts = [_text(value) for value in values]
+    try:
+        return pa.array(texts, pa.large_string())
+    except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError):
+        for row, text in enumerate(texts):
+            try:
+                pa.array([text], pa.large_string())
+            except UnicodeEncodeError as error:
+                raise InputError(f"{place.at(row)}: {name} is not Unicode text ({error}); repair it.") from error
+            except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+                raise InputError(
+                    f"{place.at(row)}: {name} is of type {type(text).__name__}; expected plain text: render conversations "
+                    "with the model's chat template first."
+                ) from error
+        raise
+
+
+def _text(value: Any) -> Any:
+    """Return a scalar as text, and anything else as it is."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool | np.bool_):
+        return "true" if value else "false"
+    if isinstance(value, int | np.integer):
+        return str(value)
+    if isinstance(value, float | np.floating):
+        return None if math.isnan(value) else str(int(value) if value.is_integer() else value)
+    return value
+
+
+_ANSWERS = {"-1": -1, "-1.0": -1, "1": 1, "1.0": 1, "+1": 1, "+1.0": 1, "0": 0, "0.0": 0, "-0": 0, "-0.0": 0}
+
+
+def _strings(column: pa.ChunkedArray, name: str, place: Place) -> pa.ChunkedArray:
     """Return a column as non-empty strings."""
-    place.refuse(pc.is_null(column), f"has no {name}; expected a non-empty text")
+    place.refuse(pc.is_null(column, nan_is_null=True), f"has no {name}; expected a non-empty text")
     if pa.types.is_nested(column.type):
         raise InputError(
             f"{place.origin}: the column {name} holds {column.type}, expected plain text; render conversations with the "
             "model's chat template first."
         )
     try:
-        strings = column.cast(pa.large_string())
+        # By way of bytes: Parquet does not check that its strings are UTF-8, and of the casts only this one does.
+        strings = column.cast(pa.large_string()).cast(pa.large_binary()).cast(pa.large_string())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise InputError(f"{place.origin}: the column {name} holds {column.type}, expected text ({error}).") from error
-    empty = pc.equal(pc.binary_length(pc.utf8_trim_whitespace(strings)), 0)
+    empty = pc.or_(pc.equal(pc.binary_length(strings), 0), pc.utf8_is_space(strings))
     place.refuse(empty, f"has an empty {name}; expected a non-empty text")
     return strings
 
 
-def _answers(column: pa.ChunkedArray, place: _Place) -> npt.NDArray[np.int8]:
+def _answers(column: pa.ChunkedArray, place: Place) -> npt.NDArray[np.int8]:
     """Return y as int8 in {-1, 0, +1}."""
-    place.refuse(pc.is_null(column), "has no y; expected -1 (response_1 preferred) or +1 (response_2 preferred)")
-    texts = column.cast(pa.string()) if not pa.types.is_boolean(column.type) else pc.if_else(column, "true", "false")
-    trimmed = pc.utf8_ltrim(pc.utf8_trim_whitespace(texts), "+")
-    allowed = pa.array(["-1", "-1.0", "1", "1.0", "0", "0.0", "-0.0"])
-    good = pc.is_in(trimmed, value_set=allowed)
-    if not pc.all(good).as_py():
-        first = texts[pc.index(good, False).as_py()].as_py()
-        expected = f"has y = {first!r}; expected -1 (response_1 preferred) or +1 (response_2 preferred)"
-        place.refuse(pc.invert(good), expected)
-    return np.asarray(pc.cast(trimmed, pa.float64()).to_numpy()).astype(np.int8)
+    expected = "expected -1 (response_1 preferred) or +1 (response_2 preferred)"
+    place.refuse(pc.is_null(column, nan_is_null=True), f"has no y; {expected}")
+    try:
+        texts = column.cast(pa.large_string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise InputError(f"{place.origin}: the column y holds {column.type}; {expected}.") from error
+    at = pc.index_in(pc.utf8_trim_whitespace(texts), value_set=pa.array(_ANSWERS, pa.large_string()))
+    bad = pc.is_null(at)
+    if pc.any(bad).as_py():
+        first = texts[pc.index(bad, True).as_py()].as_py()
+        place.refuse(bad, f"has y = {first!r}; {expected}")
+    answers: npt.NDArray[np.int8] = np.array(list(_ANSWERS.values()), np.int8)[at.to_numpy()]
+    return answers
 
 
 def _from_trl(

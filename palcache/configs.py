@@ -46,7 +46,8 @@ class Config:
         """Build a configuration from names and values.
 
         Raises:
-            InputError: a name is unknown (the nearest one is named) or a value has the wrong type.
+            InputError: a name is unknown (the nearest one is named), or a value has the wrong type or cannot work; the
+                message names `origin`.
         """
         hints = get_type_hints(cls)
         known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
@@ -57,7 +58,10 @@ class Config:
                 raise InputError(f"{origin}: unknown key {name}; {hint}")
             if not _matches(value, hints[name]):
                 raise InputError(f"{origin}: {name} = {value!r}; expected {_describe(hints[name])}.")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except InputError as error:
+            raise InputError(f"{origin}: {error}") from error
 
     @classmethod
     def from_toml(cls, path: Path, **overrides: Any) -> Self:
@@ -70,11 +74,15 @@ class Config:
 
     @classmethod
     def from_options(cls, **options: Any) -> Self:
-        """Build a configuration from options of which None means "the default"."""
+        """Build a configuration from options of which None means "the default".
+
+        Raises:
+            InputError: a name is unknown, or a value has the wrong type or cannot work.
+        """
         return cls.from_mapping(_given(options), origin="options")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return names and values, fit for JSON and TOML."""
+        """Return names and values, fit for JSON and `from_mapping`."""
         return dataclasses.asdict(self)  # type: ignore[call-overload,no-any-return]
 
 
@@ -113,7 +121,7 @@ def _describe(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
     if get_origin(hint) in {Union, types.UnionType}:
-        return " or ".join(_describe(member) for member in get_args(hint))
+        return " or ".join(_describe(member) for member in get_args(hint) if member is not types.NoneType)
     return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}.get(hint, str(hint))
 
 
@@ -144,6 +152,7 @@ class SplitConfig(Config):
             0 <= self.val < 1 and 0 <= self.test < 1 and self.val + self.test < 1,
             f"Got val = {self.val} and test = {self.test}; expected shares in [0, 1) that leave something for training.",
         )
+        require(0 <= self.seed < 2**32, f"Got seed = {self.seed}; expected a whole number in [0, 2**32).")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,7 +208,10 @@ class HeadConfig(Config):
     def __post_init__(self) -> None:
         require(self.k >= 1, f"Got k = {self.k}; expected at least one prototype.")
         require(self.p is None or self.p >= 1, f"Got p = {self.p}; expected a width of at least 1.")
-        require(self.temperature > 0, f"Got temperature = {self.temperature}; expected a number above 0.")
+        require(
+            0 < self.temperature < float("inf"),
+            f"Got temperature = {self.temperature}; expected a finite number above 0.",
+        )
         require(
             PROJECTOR.fullmatch(self.projector) is not None,
             f"Got the projector {self.projector!r}; expected {PROJECTOR_GRAMMAR}, for example mlp2-gelu-dropout05.",
@@ -261,7 +273,8 @@ def read_config_file(path: Path, sections: Mapping[str, type[Config]]) -> dict[s
         sections: name of a stage -> its configuration class.
 
     Raises:
-        InputError: a key belongs to none of the stages (the nearest one is named).
+        InputError: the file is missing or is not TOML, a key belongs to none of the stages (the nearest one is named),
+            or a value has the wrong type or cannot work.
     """
     out: dict[str, dict[str, Any]] = {name: {} for name in sections}
     fields = {
@@ -275,4 +288,6 @@ def read_config_file(path: Path, sections: Mapping[str, type[Config]]) -> dict[s
             hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(fields)}."
             raise InputError(f"{path}: unknown key {key}; {hint}")
         out[fields[key]][key] = value
+    for name, config in sections.items():
+        config.from_mapping(out[name], origin=str(path))
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -24,36 +25,45 @@ def resolve_device(device: str) -> torch.device:
         found = torch.device(device)
     except RuntimeError as error:
         raise InputError(f"Got the device {device!r}; expected auto, cpu, cuda, cuda:N or mps.") from error
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(found.type, False) or (found.index or 0) >= max(1, torch.cuda.device_count()):
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (found.index or 0) >= counts.get(found.type, 0):
         raise InputError(f"The device {device} is not on this machine; choose --device auto or cpu.")
     return found
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that can be taken on a device now: free GPU memory, or what the system calls available."""
+    """Return the bytes that can be taken on a device now: free GPU memory, or what system and limits leave to a process."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    limit = _memory_limit()
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(_available_memory(), _left_by_limits())
+
+
+def _available_memory() -> int:
+    """Return what the system calls available, or all the memory of a system that does not say."""
     try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        available = int(lines["MemAvailable"].split()[0]) * 1024
+        return _table("/proc/meminfo")["MemAvailable"] * 1024
     except (OSError, KeyError, ValueError):
-        pass
-    return min(available, limit)
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _memory_limit() -> int:
-    """Return what is left under the process's own limits (control group, RLIMIT_DATA), or a very large number."""
+def _left_by_limits() -> int:
+    """Return what is left under the process's own limits (control group v2, RLIMIT_DATA), or a very large number."""
     import resource
 
+    left = [2**62]
     soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
-    limits = [soft] if soft != resource.RLIM_INFINITY else []
+    with contextlib.suppress(OSError, KeyError, ValueError):
+        if soft != resource.RLIM_INFINITY:
+            left.append(soft - _table("/proc/self/status")["VmData"] * 1024)
     for name in ("memory.max", "memory.high"):
-        try:
-            group = Path("/proc/self/cgroup").read_text().rpartition("0::")[2].strip()
-            limits.append(int(Path(f"/sys/fs/cgroup{group}/{name}").read_text()))
-        except (OSError, ValueError):
-            continue
-    return min(limits, default=2**62)
+        with contextlib.suppress(OSError, KeyError, ValueError):
+            group = Path("/sys/fs/cgroup" + Path("/proc/self/cgroup").read_text().rpartition("0::")[2].strip())
+            limit = int((group / name).read_text())  # `max` where there is none
+            left.append(limit - _table(str(group / "memory.stat"))["anon"])
+    return max(0, min(left))
+
+
+def _table(path: str) -> dict[str, int]:
+    """Return the whole numbers in one of the kernel's tables of names and numbers."""
+    rows = (line.replace(":", " ").split() for line in Path(path).read_text().splitlines())
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}

@@ -13,15 +13,15 @@ from typing import Any
 from palcache.errors import CacheError, StorageError
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG}
 
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn a full or read-only disk under `path` into one sentence.
+    """Turn a full or read-only disk under `path`, or a place where no file can stand, into one sentence.
 
     Raises:
-        StorageError: the disk is full, or the folder cannot be written.
+        StorageError: the disk is full, or `path` cannot be written.
     """
     try:
         yield
@@ -57,7 +57,11 @@ def sync_file(path: Path) -> None:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Give a finished temporary file its name, durably: fsync, rename, fsync of the folder."""
+    """Give a finished temporary file its name, durably: fsync, rename, fsync of the folder.
+
+    Raises:
+        StorageError: the disk is full, or `path` cannot be written.
+    """
     with storage_errors(path):
         sync_file(temporary)
         temporary.replace(path)
@@ -65,7 +69,11 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 def write_with(path: Path, write: Callable[[Path], object]) -> None:
-    """Replace `path` by what `write` puts into a temporary file beside it; on failure the old file stays."""
+    """Replace `path` by what `write` puts into a temporary file beside it; on failure the old file stays.
+
+    Raises:
+        StorageError: the disk is full, or `path` cannot be written.
+    """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

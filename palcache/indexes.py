@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from palcache.files import write_with
-from palcache.fingerprints import Keys, canonical_json
+from palcache.fingerprints import Keys, digest
 
 _FORMAT: Final = "palcache-index"
 _VERSION: Final = 1
@@ -60,11 +60,15 @@ class KeyIndex:
         return out
 
     def save(self, path: Path, stamp: Any) -> None:
-        """Write the index to an HDF5 file; `stamp` is a JSON value that says what it was built from."""
+        """Write the index to an HDF5 file; `stamp` is a JSON value that says what it was built from.
+
+        Raises:
+            StorageError: the disk is full, or `path` cannot be written.
+        """
 
         def write(temporary: Path) -> None:
             with h5py.File(temporary, "w") as file:
-                file.attrs.update(format=_FORMAT, version=_VERSION, stamp=canonical_json(stamp).decode())
+                file.attrs.update(format=_FORMAT, version=_VERSION, stamp=digest(stamp))  # HDF5 allows 64 KiB
                 file["high"], file["low"], file["positions"] = self.high, self.low, self.positions
 
         write_with(path, write)
@@ -75,11 +79,12 @@ class KeyIndex:
         try:
             with h5py.File(path, "r") as file:
                 head = (file.attrs["format"], int(file.attrs["version"]), file.attrs["stamp"])
-                if head != (_FORMAT, _VERSION, canonical_json(stamp).decode()):
+                if head != (_FORMAT, _VERSION, digest(stamp)):
                     return None
-                return cls(file["high"][:], file["low"][:], file["positions"][:])
-        except (OSError, KeyError):
+                index = cls(file["high"][:], file["low"][:], file["positions"][:])
+        except (OSError, KeyError, ValueError, TypeError, RuntimeError):  # whatever h5py says of a damaged file
             return None
+        return index if len(index.high) == len(index.low) == len(index.positions) else None
 
 
 def _halves(keys: Keys) -> tuple[UInt64, UInt64]:

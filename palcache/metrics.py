@@ -18,6 +18,8 @@ Array = npt.NDArray[np.float64]
 Codes = npt.NDArray[np.int64]
 
 DRAWS: Final = 1_000
+DRAWN_AT_ONCE: Final = 1 << 21
+"""Users drawn per step of the bootstrap: bounds its memory to some 50 MiB however many users there are."""
 BINS: Final = 15
 WORST_SHARE: Final = 0.1
 
@@ -65,11 +67,16 @@ def bootstrap(values: Array, user: Codes, *, seed: int = 0, draws: int = DRAWS) 
     """
     _, user = np.unique(user, return_inverse=True)
     count, total = np.bincount(user).astype(np.float64), np.bincount(user, values)
-    u = len(count)
-    drawn = np.random.Generator(np.random.PCG64(seed)).integers(0, u, size=(draws, u))
-    means = (total / count)[drawn]
-    worst = np.sort(means, axis=1)[:, : max(1, math.ceil(WORST_SHARE * u))].mean(axis=1)
-    samples = {"micro": total[drawn].sum(1) / count[drawn].sum(1), "macro": means.mean(1), "worst_tenth": worst}
+    u, generator = len(count), np.random.Generator(np.random.PCG64(seed))
+    tenth = max(1, math.ceil(WORST_SHARE * u))
+    step = max(1, DRAWN_AT_ONCE // u)
+    parts = []
+    for start in range(0, draws, step):
+        drawn = generator.integers(0, u, size=(min(step, draws - start), u))
+        means = (total / count)[drawn]
+        micro = total[drawn].sum(1) / count[drawn].sum(1)
+        parts.append((micro, means.mean(1), np.partition(means, tenth - 1, axis=1)[:, :tenth].mean(1)))
+    samples = dict(zip(("micro", "macro", "worst_tenth"), map(np.concatenate, zip(*parts, strict=True)), strict=True))
     points = {"micro": float(values.mean()), "macro": macro(values, user), "worst_tenth": worst_tenth(values, user)}
     out = {}
     for name, sample in samples.items():

@@ -1,63 +1,22 @@
-"""One HDF5 file of vectors: its layout, its crash-safe writing and its checked reading.
-
-h5py lays out the file once and closes it; rows are then filled through a memory map at the datasets' offsets, because
-a process killed while it writes HDF5 leaves a file that cannot be opened. `docs/format.md` describes every dataset.
-"""
+"""One shard of vectors: filled row by row so that a kill loses nothing, sealed with sums, read without a copy."""
 
 from __future__ import annotations
 
-import json
-import mmap
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Final, final
+from typing import Final, final
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from palcache.configs import StoredDtype
 from palcache.errors import CacheError
-from palcache.files import storage_errors
-from palcache.fingerprints import KEY_BYTES, Keys, canonical_json
+from palcache.fingerprints import Keys
+from palcache.layouts import BLOCK_ROWS, POOLED, SUMMED, Array, open_shard, sum_name
 
-FORMAT: Final = "palcache-shard"
-VERSION: Final = 1
-BLOCK_ROWS: Final = 4_096
-ALIGNMENT: Final = 4_096
 TRUNCATED: Final = 1
 FAILED: Final = 2
 """Bits of `/flags`: the text was longer than the model's limit; the text could not be encoded, its row is zero."""
-
-FILE_DTYPES: Final[Mapping[str, str]] = MappingProxyType({"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"})
-POOLED: Final = "emb/pooled"
-_SUMMED: Final = (POOLED, "norm", "key", "n_tokens", "flags")
-Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True, slots=True)
-class ShardHeader:
-    """What a shard says of itself.
-
-    Attributes:
-        space_id: digest of the encoder spec.
-        spec: everything that changes the meaning of a vector.
-        rows: number of rows, N.
-        width: number of values in a vector, d.
-        dtype: type of the stored vectors.
-        versions: libraries and device that wrote the shard.
-    """
-
-    space_id: str
-    spec: Mapping[str, Any]
-    rows: int
-    width: int
-    dtype: StoredDtype
-    versions: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,107 +34,6 @@ class Damage:
     rows: tuple[int, int]
 
 
-def create_shard(path: Path, header: ShardHeader, keys: Keys, n_tokens: npt.NDArray[np.uint32], flags: Array) -> None:
-    """Create a complete, unsealed shard at `path` with its space on the disk reserved; only vectors are missing.
-
-    Args:
-        path: where; an existing file is replaced.
-        header: its attributes.
-        keys: row keys, (N, 16).
-        n_tokens: tokens per row, (N,).
-        flags: bits per row, (N,) uint8.
-
-    Raises:
-        StorageError: the disk is full or the folder cannot be written.
-    """
-    n, blocks = header.rows, -(-header.rows // BLOCK_ROWS)
-    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
-        POOLED: (FILE_DTYPES[header.dtype], (n, header.width)),
-        "norm": ("<f4", (n,)),
-        "key": ("|u1", (n, KEY_BYTES)),
-        "n_tokens": ("<u4", (n,)),
-        "flags": ("|u1", (n,)),
-        "done": ("|u1", (n,)),
-        "sealed": ("|u1", (1,)),
-        **{_sum_name(name): ("<u8", (blocks,)) for name in _SUMMED},
-    }
-    with storage_errors(path):
-        with h5py.File(path, "w", alignment_threshold=1, alignment_interval=ALIGNMENT) as file:
-            for name, (dtype, shape) in shapes.items():
-                _create_dataset(file, name, dtype, shape)
-            file[POOLED].attrs["logical_dtype"] = header.dtype
-            file.attrs.update(
-                format=FORMAT,
-                version=VERSION,
-                space_id=header.space_id,
-                spec=canonical_json(header.spec).decode(),
-                rows=n,
-                versions=canonical_json(header.versions).decode(),
-            )
-        _reserve(path)
-        arrays = _map_datasets(path, shared=True)
-        arrays["key"][:], arrays["n_tokens"][:], arrays["flags"][:] = keys, n_tokens, flags
-
-
-def _create_dataset(file: Any, name: str, dtype: str, shape: tuple[int, ...]) -> None:
-    """Create a contiguous dataset whose bytes lie in the file at once, so that its offset is known."""
-    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    properties.set_layout(h5py.h5d.CONTIGUOUS)
-    properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    properties.set_obj_track_times(False)
-    folder, _, leaf = name.rpartition("/")
-    parent = file.require_group(folder) if folder else file
-    space = h5py.h5s.create_simple(shape)
-    h5py.h5d.create(parent.id, leaf.encode(), h5py.h5t.py_create(np.dtype(dtype)), space, properties)
-
-
-def _sum_name(dataset: str) -> str:
-    return "sum/" + dataset.replace("/", ".")
-
-
-def _reserve(path: Path) -> None:
-    """Reserve the file's blocks now: a full disk is an error here and not a crash of the memory map later."""
-    if hasattr(os, "posix_fallocate"):
-        descriptor = os.open(path, os.O_RDWR)
-        try:
-            os.posix_fallocate(descriptor, 0, path.stat().st_size)
-        finally:
-            os.close(descriptor)
-
-
-def _map_datasets(path: Path, *, shared: bool) -> dict[str, Array]:
-    """Return every dataset as an array over one memory map of the file.
-
-    A shared map writes to the file. Otherwise the map is copy-on-write: readers need no lock, survive a fork, and a
-    stray in-place write cannot reach the disk.
-    """
-    with h5py.File(path, "r") as file:
-        places: dict[str, tuple[int, np.dtype[Any], tuple[int, ...]]] = {}
-
-        def visit(name: str, node: Any) -> None:
-            if isinstance(node, h5py.Dataset):
-                offset = node.id.get_offset()
-                if node.chunks is not None or offset is None:
-                    raise CacheError(f"{path}: the dataset {name} is not contiguous; write the cache anew.")
-                places[name] = (offset, node.dtype, node.shape)
-
-        file.visititems(visit)
-    descriptor = os.open(path, os.O_RDWR if shared else os.O_RDONLY)
-    try:
-        if shared:
-            buffer = mmap.mmap(descriptor, 0)
-        else:
-            flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
-            buffer = mmap.mmap(descriptor, 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    finally:
-        os.close(descriptor)
-    return {
-        name: np.frombuffer(buffer, dtype, int(np.prod(shape)), offset).reshape(shape)
-        for name, (offset, dtype, shape) in places.items()
-    }
-
-
 @final
 class ShardWriter:
     """Fills an unsealed shard row by row; what is marked done survives a kill of the process.
@@ -184,12 +42,12 @@ class ShardWriter:
         path: a file that `create_shard` made.
 
     Raises:
-        CacheError: the file is not an unsealed shard, as after a kill in the middle of its creation.
+        CacheError: the file is damaged or of another format version.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.header, self._arrays = _open(path, shared=True)
+        self.header, self._arrays = open_shard(path, shared=True)
 
     @property
     def keys(self) -> Keys:
@@ -221,6 +79,12 @@ class ShardWriter:
         self._arrays["flags"][row] |= FAILED
         self._arrays["done"][row] = 1
 
+    def retry_failed(self) -> None:
+        """Make rows that could not be encoded pending again."""
+        failed = (self._arrays["flags"] & FAILED) != 0
+        self._arrays["done"][failed] = 0
+        self._arrays["flags"][failed] &= ~np.uint8(FAILED)
+
     def seal(self) -> str:
         """Write the block sums and the seal; return the digest of the file, 16 hexadecimal digits.
 
@@ -230,8 +94,8 @@ class ShardWriter:
         missing = len(self.pending())
         if missing:
             raise CacheError(f"{self.path}: {missing} of {self.header.rows} rows are not done, so it cannot be sealed.")
-        for name in _SUMMED:
-            self._arrays[_sum_name(name)][:] = _block_sums(self._arrays[name])
+        for name in SUMMED:
+            self._arrays[sum_name(name)][:] = _block_sums(self._arrays[name])
         self._arrays["sealed"][0] = 1
         return shard_digest(self.path)
 
@@ -266,7 +130,7 @@ class Shard:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.header, self._arrays = _open(path, shared=False)
+        self.header, self._arrays = open_shard(path, shared=False)
         if not self._arrays["sealed"][0]:
             raise CacheError(f"{path} is not sealed, so its writer was stopped; run the same palcache embed again.")
 
@@ -296,51 +160,13 @@ class Shard:
         return self._arrays["flags"]
 
     def damage(self) -> list[Damage]:
-        """Return every block whose bytes differ from those that were sealed; empty for a sound shard."""
+        """Return what differs from the bytes that were sealed: blocks, or the file; empty for a sound shard."""
+        if shard_digest(self.path) == self.path.stem.rpartition("-")[2]:
+            return []
         found = []
-        for name in _SUMMED:
-            bad = np.flatnonzero(_block_sums(self._arrays[name]) != self._arrays[_sum_name(name)])
+        for name in SUMMED:
+            bad = np.flatnonzero(_block_sums(self._arrays[name]) != self._arrays[sum_name(name)])
             for block in bad.tolist():
                 last = min((block + 1) * BLOCK_ROWS, self.header.rows)
                 found.append(Damage(self.path, name, (block * BLOCK_ROWS, last)))
-        if not found and shard_digest(self.path) != self.path.stem.rpartition("-")[2]:
-            found.append(Damage(self.path, "file", (0, self.header.rows)))
-        return found
-
-
-def _open(path: Path, *, shared: bool) -> tuple[ShardHeader, dict[str, Array]]:
-    try:
-        with h5py.File(path, "r") as file:
-            header = _read_header(file, path)
-        arrays = _map_datasets(path, shared=shared)
-        expected = {POOLED, "norm", "key", "n_tokens", "flags", "done", "sealed"}
-        missing = expected - arrays.keys()
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
-        raise CacheError(
-            f"{path} cannot be read as a palcache shard ({error}); it is damaged or cut short: delete it and run the "
-            "same palcache embed again."
-        ) from error
-    if missing:
-        raise CacheError(f"{path} lacks the dataset(s) {', '.join(sorted(missing))}; delete it and embed again.")
-    return header, arrays
-
-
-def _read_header(file: Any, path: Path) -> ShardHeader:
-    attributes = dict(file.attrs)
-    if attributes.get("format") != FORMAT:
-        raise CacheError(f"{path} is HDF5 but not a palcache shard.")
-    version = int(attributes["version"])
-    if version != VERSION:
-        raise CacheError(
-            f"{path} has format version {version}; this palcache reads version {VERSION}: install a palcache that reads "
-            "it, or embed into a new folder."
-        )
-    emb = file[POOLED]
-    return ShardHeader(
-        space_id=str(attributes["space_id"]),
-        spec=json.loads(attributes["spec"]),
-        rows=int(attributes["rows"]),
-        width=int(emb.shape[1]),
-        dtype=emb.attrs["logical_dtype"],
-        versions=json.loads(attributes["versions"]),
-    )
+        return found or [Damage(self.path, "file", (0, self.header.rows))]

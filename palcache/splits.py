@@ -19,11 +19,13 @@ def split_comparisons(comparisons: Comparisons, config: SplitConfig) -> Comparis
     """Return the comparisons with a split column, every unit of `config.by` wholly in one split.
 
     `auto` takes the table's own split column where it has one, and splits by pair elsewhere. A pair is a prompt with
-    its two responses in either order; where the table names pairs (`pair_id`), rows of one name also stay together.
-    The draw is a seeded hash of the unit's content, so a unit keeps its split when the table grows or is reordered.
+    its two responses in either order; where the table names pairs (`pair_id`), rows of one name also stay together. A
+    row is one user's comparison of a pair, so its repetitions stay together as well. The draw is a seeded hash of the
+    unit's content, so a unit keeps its split when the table grows or is reordered; only new rows that give a named
+    pair other texts, or other names to a pair, may move that unit.
 
     Raises:
-        InputError: `column` was asked and there is none, or a split is left empty.
+        InputError: `column` was asked and there is none, or a split with a share above 0 is left empty.
     """
     by = config.by
     if by == "auto":
@@ -54,8 +56,9 @@ def _refuse_empty(codes: npt.NDArray[np.int64], unit: UInt64, config: SplitConfi
 
 def _units(comparisons: Comparisons, by: str, seed: int) -> UInt64:
     """Return one well-mixed number per row that is equal for rows of one unit, shape (n,)."""
+    user = _mix(_fold(text_keys(comparisons.users.values), seed))[comparisons.users.codes]
     if by == "user":
-        return _mix(_fold(text_keys(comparisons.users.values), seed))[comparisons.users.codes]
+        return user
     prompt = _fold(text_keys(comparisons.prompts.values), seed)[comparisons.prompts.codes]
     if by == "prompt":
         return _mix(prompt)
@@ -65,7 +68,7 @@ def _units(comparisons: Comparisons, by: str, seed: int) -> UInt64:
     if by == "pair":
         return pair if comparisons.pair_id is None else _merge(pair, comparisons.pair_id.codes)
     if by == "row":
-        return _mix(pair + np.arange(len(pair)).astype(np.uint64))
+        return _mix(pair + user)
     raise InputError(f"Got --split-by {by}; expected one of {', '.join(get_args(SplitBy))}.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,11 +12,12 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from palcache.comparisons import OPTIONAL, REQUIRED, TRL, Comparisons, Ties, normalise
+from palcache.comparisons import COLUMNS, Comparisons, Place, Ties, form_of, normalise, texts_of
 from palcache.errors import InputError
 
-_WANTED = tuple(dict.fromkeys((*REQUIRED, *TRL, *OPTIONAL)))
 _BATCH_ROWS = 65_536
+_CSV_BLOCK = 16 << 20
+"""Bytes; pyarrow refuses a row that is longer than a block, and its own 1 MiB is not enough for every text."""
 
 
 def read_comparisons(
@@ -31,6 +33,9 @@ def read_comparisons(
 
     Raises:
         InputError: a file is missing or broken, a column is missing or a value is not allowed.
+
+    Warns:
+        PalcacheWarning: rows with two identical responses are left out, once per file.
     """
     if not paths:
         raise InputError("No table was given; name at least one .jsonl, .csv or .parquet file.")
@@ -39,9 +44,16 @@ def read_comparisons(
 
 
 def _check_renames(columns: Mapping[str, str]) -> dict[str, str]:
-    unknown = [name for name in columns if name not in _WANTED]
+    """Return the file's name of a column -> palcache's name."""
+    unknown = [name for name in columns if name not in COLUMNS]
     if unknown:
-        raise InputError(f"Cannot map to {', '.join(unknown)}; expected names among {', '.join(_WANTED)}.")
+        raise InputError(f"Cannot map to {', '.join(unknown)}; expected names among {', '.join(COLUMNS)}.")
+    for source in columns.values():
+        names = [name for name, other in columns.items() if other == source]
+        if len(names) > 1:
+            raise InputError(
+                f"The column {source} is mapped to {' and '.join(names)}; expected one name for each column."
+            )
     return {source: name for name, source in columns.items()}
 
 
@@ -61,78 +73,80 @@ def _read_one(path: Path, renames: Mapping[str, str], ties: Ties, seed: int) -> 
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise InputError(f"The table {path} ends in {path.suffix!r}; expected .jsonl, .csv, .tsv or .parquet.")
-    table, numbers = reader(path, renames)
+    try:
+        table, numbers = reader(path, renames)
+    except (pa.ArrowException, OSError) as error:
+        kind = path.suffix[1:].lower()
+        raise InputError(f"The table {path} cannot be read as {kind} ({error}); check that it is whole.") from error
     if not len(table):
         raise InputError(f"The table {path} has no rows; give at least one comparison.")
-    unit = "line" if numbers is not None else "row"
-    return normalise(table, origin=str(path), ties=ties, seed=seed, numbers=numbers, unit=unit)
+    place = Place(str(path), "row" if numbers is None else "line", numbers)
+    return normalise(table, place, ties=ties, seed=seed)
 
 
-def _rename(table: pa.Table, renames: Mapping[str, str], path: Path) -> pa.Table:
-    """Keep the wanted columns under palcache's names; a mapped column wins over one of the same name."""
-    missing = [source for source in renames if source not in table.column_names]
+def _choose(names: Sequence[str], renames: Mapping[str, str], path: Path) -> dict[str, str]:
+    """Return the file's name -> palcache's name of the columns to read; a mapped column wins over one of the same name.
+
+    Raises:
+        InputError: a column is missing or stands twice; the message lists the columns that the file has.
+    """
+    there = ", ".join(sorted(names)) or "none"
+    missing = [source for source in renames if source not in names]
     if missing:
-        raise InputError(
-            f"{path} has no column {', '.join(missing)} to map; it has {', '.join(sorted(table.column_names))}."
-        )
+        raise InputError(f"{path} has no column {', '.join(missing)} to map; it has {there}.")
     targets = set(renames.values())
-    kept = [name for name in table.column_names if name in renames or (name in _WANTED and name not in targets)]
-    if not kept:
-        return table
-    return table.select(kept).rename_columns([renames.get(name, name) for name in kept])
+    chosen = {name: renames.get(name, name) for name in names if name in renames or name in set(COLUMNS) - targets}
+    twice = [name for name in chosen if list(names).count(name) > 1]
+    if twice:
+        raise InputError(f"{path} has several columns named {', '.join(twice)}; keep one of each.")
+    form_of(list(chosen.values()), str(path), has=names)
+    return chosen
 
 
 def _read_parquet(path: Path, renames: Mapping[str, str]) -> tuple[pa.Table, None]:
-    try:
-        names = pyarrow.parquet.read_schema(path).names
-        wanted = [name for name in names if name in _WANTED or name in renames]
-        table = pyarrow.parquet.read_table(path, columns=wanted or names, memory_map=True)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path} cannot be read as Parquet ({error}).") from error
-    return _rename(_decode(table), renames, path), None
-
-
-def _decode(table: pa.Table) -> pa.Table:
-    """Return the table with dictionary columns as plain ones."""
+    with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
+        chosen = _choose(file.schema_arrow.names, renames, path)
+        table = file.read(columns=list(chosen))
     for i, field in enumerate(table.schema):
         if pa.types.is_dictionary(field.type):
             table = table.set_column(i, field.name, table[field.name].cast(field.type.value_type))
-    return table
+    return table.select(list(chosen)).rename_columns(list(chosen.values())), None
 
 
 def _read_csv(path: Path, renames: Mapping[str, str]) -> tuple[pa.Table, None]:
     parse = pyarrow.csv.ParseOptions(newlines_in_values=True, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-    try:
-        with pyarrow.csv.open_csv(path, parse_options=parse) as file:
-            names = file.schema.names
-        convert = pyarrow.csv.ConvertOptions(
-            column_types={name: pa.large_string() for name in names}, strings_can_be_null=False
-        )
-        table = pyarrow.csv.read_csv(path, parse_options=parse, convert_options=convert)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path} cannot be read as CSV ({error}).") from error
-    return _rename(table, renames, path), None
+    read = pyarrow.csv.ReadOptions(block_size=_CSV_BLOCK)
+    with pyarrow.csv.open_csv(path, read_options=read, parse_options=parse) as file:
+        chosen = _choose(file.schema.names, renames, path)
+    convert = pyarrow.csv.ConvertOptions(
+        include_columns=list(chosen),
+        column_types=dict.fromkeys(chosen, pa.large_string()),
+        strings_can_be_null=False,
+    )
+    table = pyarrow.csv.read_csv(path, read_options=read, parse_options=parse, convert_options=convert)
+    return table.rename_columns(list(chosen.values())), None
 
 
 def _read_jsonl(path: Path, renames: Mapping[str, str]) -> tuple[pa.Table, list[int]]:
-    wanted = sorted({*_WANTED, *renames})
+    wanted = sorted({*COLUMNS, *renames})
     numbers: list[int] = []
-    seen: set[str] = set()
-    columns: dict[str, list[Any]] = {name: [] for name in wanted}
+    seen: dict[str, None] = {}
     tables: list[pa.Table] = []
-    for number, row in _json_rows(path):
-        seen |= row.keys()
-        numbers.append(number)
+    rows = _json_rows(path)
+    while batch := list(itertools.islice(rows, _BATCH_ROWS)):
+        lines = [number for number, _ in batch]
+        for _, row in batch:
+            seen.update(dict.fromkeys(row))
+        columns, place = {}, Place(str(path), "line", lines)
         for name in wanted:
-            columns[name].append(row.get(name))
-        if len(numbers) % _BATCH_ROWS == 0:
-            tables.append(_json_table(columns, path))
-            columns = {name: [] for name in wanted}
-    tables.append(_json_table(columns, path))
-    table = pa.concat_tables(tables, promote_options="permissive")
-    known = [name for name in wanted if name in seen]
-    unknown = {name: pa.nulls(len(numbers)) for name in sorted(seen)}
-    return _rename(table.select(known) if known else pa.table(unknown), renames, path), numbers
+            values = [row.get(name) for _, row in batch]
+            columns[name] = texts_of(values, name, place)
+        numbers += lines
+        tables.append(pa.table(columns))
+    if not tables:
+        return pa.table({}), numbers
+    chosen = _choose(list(seen), renames, path)
+    return pa.concat_tables(tables).select(list(chosen)).rename_columns(list(chosen.values())), numbers
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -147,15 +161,3 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not isinstance(row, dict):
                 raise InputError(f"{path}, line {number}: got {type(row).__name__}; expected one JSON object a line.")
             yield number, row
-
-
-def _json_table(columns: Mapping[str, list[Any]], path: Path) -> pa.Table:
-    """Return columns as Arrow; numbers among texts (user 7 beside user "7b") become texts."""
-    arrays = {}
-    for name, values in columns.items():
-        mixed = any(isinstance(value, str) for value in values)
-        try:
-            arrays[name] = pa.array([str(v) if mixed and isinstance(v, int | float) else v for v in values])
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise InputError(f"{path}: the column {name} mixes types ({error}); expected text.") from error
-    return pa.table(arrays)

@@ -36,7 +36,7 @@ class VectorTable:
         self._space, self._rows = space, torch.from_numpy(rows)
         self._resident = space.rows(rows).float().to(device) if resident else None
         if self._resident is not None:
-            _refuse_non_finite(self._resident, space, rows)
+            _refuse_non_finite(self._resident, space, self._rows)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -50,10 +50,13 @@ class VectorTable:
         """Return vectors by their position in this table, (n,) -> (n, d) float32."""
         if self._resident is not None:
             return torch.index_select(self._resident, 0, index)
-        return self._space.rows(self._rows[index.cpu()]).to(self.device).float()
+        rows = self._rows[index.cpu()]
+        vectors = self._space.rows(rows)
+        _refuse_non_finite(vectors, self._space, rows)
+        return vectors.to(self.device).float()
 
 
-def _refuse_non_finite(vectors: torch.Tensor, space: Space, rows: npt.NDArray[np.int64]) -> None:
+def _refuse_non_finite(vectors: torch.Tensor, space: Space, rows: torch.Tensor) -> None:
     good = torch.isfinite(vectors).all(dim=1)
     if not bool(good.all()):
         first = int(rows[int(torch.nonzero(~good)[0])])
@@ -181,7 +184,7 @@ def load_preferences(
 
     Raises:
         MismatchError: texts of the table are not in the cache.
-        NumericsError: a vector is not finite.
+        NumericsError: a vector is not finite; streamed vectors are checked as they are read.
     """
     where = resolve_device(device)
     prompt_id, response_id = spaces_of(stored, space, cache)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, final
+from typing import Any, Final, Literal, final
 
 import torch
 
 from palcache.configs import FitConfig
 from palcache.errors import InputError, NumericsError
 from palcache.heads import PalB, Parameters
+from palcache.heads.pal_b import scale
 from palcache.losses import cross_entropy
 from palcache.tensors import PreferenceData
 
@@ -20,6 +22,9 @@ SHUFFLE_ROWS: Final = 1_024
 SHUFFLE_BLOCKS: Final = 64
 """Streamed data is read in shuffled blocks of 1,024 comparisons, mixed 64 blocks at a time."""
 EVALUATION_ROWS: Final = 8_192
+WORK_PER_THREAD: Final = 1 << 26
+"""Multiply-adds of a step's forward pass that keep one CPU thread busy. With smaller shares threads mostly wait for each
+other, and where the cores are shared with other work every operation waits for the slowest of them."""
 
 
 @final
@@ -55,11 +60,13 @@ class FitProgress:
         row: the evaluation.
         steps: steps in all.
         comparisons_per_second: rate of training since the last evaluation.
+        rule: `head`, or `user_blind` while a run trains its yardstick.
     """
 
     row: HistoryRow
     steps: int
     comparisons_per_second: float
+    rule: Literal["head", "user_blind"] = "head"
 
 
 @final
@@ -115,19 +122,19 @@ def fit(
     """Train a head and return the parameters of the lowest validation loss.
 
     The same arguments give the same result on the same machine, whether or not training was interrupted and continued
-    from a state.
+    from a state. On a CPU a small head is trained on few threads (`WORK_PER_THREAD`).
 
     Args:
         shape: the head.
         train: training comparisons; their users numbered as the head's.
-        val: validation comparisons, never the test set.
+        val: validation comparisons, never the test set; users likewise, -1 where the head does not know them.
         config: optimizer, schedule, stopping and seed.
         on_progress: called after each evaluation.
         on_state: called after each evaluation with all that is needed to go on.
         state: where to go on; None starts anew.
 
     Raises:
-        InputError: a split is empty, or its vectors do not fit the head.
+        InputError: a split is empty, or its vectors or users do not fit the head.
         NumericsError: the loss is not finite; the message says where it began.
     """
     _check(shape, train, val)
@@ -137,12 +144,13 @@ def fit(
     best = state.best if state else run.snapshot()
     stopped = _stalled(history, config)
     while run.step < run.steps and not stopped:
-        begun, seen = time.perf_counter(), run.step
-        loss = run.segment()
-        elapsed = time.perf_counter() - begun
-        val_loss, val_accuracy = validate(shape, run.parameters, val)
+        begun, before = time.perf_counter(), run.epoch
+        with _few_threads(run.work, train.device):
+            loss = run.segment()
+            rate = (run.epoch - before) * len(train) / (time.perf_counter() - begun)
+            val_loss, val_accuracy = validate(shape, run.parameters, val)
         row = HistoryRow(run.step, run.epoch, loss, val_loss, val_accuracy, run.lr, run.scale)
-        _require_finite(val_loss, row, "validation loss")
+        _require_finite(val_loss, row)
         if val_loss < min((r.val_loss for r in history), default=math.inf):
             best = run.snapshot()
         history.append(row)
@@ -150,7 +158,7 @@ def fit(
         if on_state:
             on_state(FitState(run.step, run.snapshot(), best, run.moments(), tuple(history)))
         if on_progress:
-            on_progress(FitProgress(row, run.steps, (run.step - seen) * config.batch_size / elapsed))
+            on_progress(FitProgress(row, run.steps, rate))
     best_step = min(history, key=lambda r: r.val_loss).step
     return FitResult(best, tuple(history), best_step, stopped, time.perf_counter() - start)
 
@@ -161,6 +169,11 @@ def _check(shape: PalB, train: PreferenceData, val: PreferenceData) -> None:
             raise InputError(f"There are no {name} comparisons; split the table anew with palcache embed --split-by.")
         if data.width != shape.d:
             raise InputError(f"The {name} vectors have width {data.width}; the head expects {shape.d}.")
+        if len(data.users) != shape.users:
+            raise InputError(
+                f"The {name} comparisons are numbered for {len(data.users)} users, the head for {shape.users}; number them "
+                "as the head's with with_users."
+            )
     if int(train.user.min()) < 0:
         raise InputError(
             "A training comparison is of a user whom the head does not have; build the head for its users."
@@ -174,11 +187,24 @@ def _stalled(history: list[HistoryRow], config: FitConfig) -> bool:
     return len(history) - 1 - best >= config.patience
 
 
-def _require_finite(loss: float, row: HistoryRow, what: str) -> None:
-    if not math.isfinite(loss):
+def _require_finite(val_loss: float, row: HistoryRow) -> None:
+    if not math.isfinite(val_loss):
         raise NumericsError(
-            f"The {what} is {loss} at step {row.step} (epoch {row.epoch:.2f}) with learning rate {row.lr:.2e}; lower --lr."
+            f"The validation loss is {val_loss} at step {row.step} (epoch {row.epoch:.2f}) with learning rate {row.lr:.2e}; "
+            "lower --lr."
         )
+
+
+@contextmanager
+def _few_threads(work: int, device: torch.device) -> Iterator[None]:
+    """Use no more CPU threads than a step's multiply-adds keep busy."""
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, min(before, work // WORK_PER_THREAD)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @torch.no_grad()
@@ -206,7 +232,6 @@ class _Run:
         self.parameters = {name: value.to(train.device).requires_grad_() for name, value in _copy(start).items()}
         self.steps_per_epoch = -(-len(train) // config.batch_size)
         self.steps = self.steps_per_epoch * config.total_epochs(len(train))
-        self.every = max(1, self.steps // config.evaluations)
         self.optimizer = _optimizer(self.parameters, config, train.device)
         self._peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
         self._noise = torch.Generator(train.device)
@@ -223,16 +248,22 @@ class _Run:
 
     @property
     def scale(self) -> float:
-        return float(self.parameters["logit_scale"].detach().exp().clamp(max=100))
+        return float(scale(self.parameters).detach())
+
+    @property
+    def work(self) -> int:
+        """Multiply-adds of a step's forward pass, at most: two responses and k prompts of every comparison."""
+        n = min(self.config.batch_size, len(self.train))
+        f, g = (sum(v.numel() for name, v in self.parameters.items() if name.startswith(part)) for part in ("f.", "g."))
+        return n * (2 * f + g)
 
     def snapshot(self) -> Parameters:
         return _copy(self.parameters)
 
     def segment(self) -> float:
         """Train up to the next evaluation; return the mean loss of the steps."""
-        last = min(self.steps, (self.step // self.every + 1) * self.every)
-        if self.steps - last < self.every:  # the last evaluation is at the last step
-            last = self.steps
+        number = self.step * self.config.evaluations // self.steps + 1
+        last = -(-number * self.steps // self.config.evaluations)
         self._noise.manual_seed(_seed_of(self.config.seed, 1, self.step))
         first, losses = self.step, []
         for rows in self._batches(last):

