@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -33,21 +32,23 @@ def info(cache: CacheArgument, *, json_: JsonOption = False) -> None:
         return
     print_table(
         f"spaces of {cache}",
-        ["space", "role", "model", "rows", "width", "stored", "computed", "MB", "shards", "unfinished"],
+        ["space", "role", "model", "stored", "computed", "rows", "width", "MB", "shards", "unfinished"],
         [
-            [s["space"][:8], s["role"], s["model"], f"{s['rows']:,}", str(s["width"]), s["dtype"], s["compute_dtype"],
+            [s["space"][:8], s["role"], s["model"], s["dtype"], s["compute_dtype"], f"{s['rows']:,}", str(s["width"]),
              f"{s['bytes'] / 1e6:.1f}", str(s["shards"]), str(s["unfinished"])]
             for s in spaces
         ],
+        text=5,
     )  # fmt: skip
     print_table(
         f"comparison tables of {cache}",
-        ["name", "comparisons", "users", "prompts", "responses", "splits", "fingerprint"],
+        ["name", "fingerprint", "splits", "comparisons", "users", "prompts", "responses"],
         [
-            [t["name"], f"{t['comparisons']:,}", f"{t['users']:,}", f"{t['prompts']:,}", f"{t['responses']:,}",
-             ", ".join(f"{name} {count:,}" for name, count in t["splits"].items()), t["fingerprint"][:8]]
+            [t["name"], t["fingerprint"][:8], ", ".join(f"{name} {count:,}" for name, count in t["splits"].items()),
+             f"{t['comparisons']:,}", f"{t['users']:,}", f"{t['prompts']:,}", f"{t['responses']:,}"]
             for t in tables
         ],
+        text=3,
     )  # fmt: skip
 
 
@@ -99,7 +100,7 @@ def _tables(cache: Cache) -> list[dict[str, Any]]:
 def verify(
     cache: CacheArgument,
     *,
-    reencode: Annotated[int, typer.Option(help="Encode this many rows per space again and compare.")] = 0,
+    reencode: Annotated[int, typer.Option(min=0, help="Encode this many rows per space again and compare.")] = 0,
     model: Annotated[str, typer.Option(help="The model for --reencode, as for palcache embed.")] = _EMBED.model,
     compute_dtype: Annotated[ComputeDtype, typer.Option(help="As for palcache embed.")] = _EMBED.compute_dtype,
     max_tokens: Annotated[int | None, typer.Option(help="As for palcache embed.", show_default=False)] = None,
@@ -111,7 +112,7 @@ def verify(
     from palcache.verification import reencode_sample, verify_cache
 
     opened = Cache(cache)
-    total = sum(path.stat().st_size for path in Path(cache).rglob("*.h5"))
+    total = sum(path.stat().st_size for path in cache.glob("spaces/*/shards/*.h5"))
     done = 0
     with progress("verify") as bar:
 

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .display import EVALUATION_COLUMNS, describe, evaluation_rows, print_json, print_table, say
+from palcache.errors import InputError
+
+from .display import describe, print_evaluations, print_json, print_table, say
 from .failures import reports_errors
 from .options import DeviceOption, JsonOption
 
@@ -27,6 +29,8 @@ def demo(
     json_: JsonOption = False,
 ) -> None:
     """Embed a small table of two groups with opposite tastes, train k = 1 and k = 2, and show what pluralism bought."""
+    if out is not None and out.exists() and not (out.is_dir() and not any(out.iterdir())):  # empty is as good as new
+        raise InputError(f"{out} exists; name a new folder with --out.")
     with tempfile.TemporaryDirectory(prefix="palcache-demo-") as temporary:
         _run(out or Path(temporary), device, as_json=json_)
         if out is not None:
@@ -63,8 +67,8 @@ def _run(folder: Path, device: str, *, as_json: bool) -> None:
 def _show(runs: dict[int, RunResult]) -> None:
     one, two = (runs[k].evaluations["test"] for k in (1, 2))
     shown = {"longer": one["longer"], "one": one["head"], "two": two["head"]}
-    names = {"longer": "longer response", "one": "one reward for all (k = 1)", "two": "two prototypes (k = 2)"}
-    print_table(describe(one["head"], "test"), EVALUATION_COLUMNS, evaluation_rows(shown, names))
+    names = {"longer": "longer response", "one": "one reward (k = 1)", "two": "two prototypes (k = 2)"}
+    print_evaluations(describe(one["head"], "test"), shown, names)
     groups = [[name, *(f"{e['head'].groups[name]:.4f}" for e in (one, two))] for name in one["head"].groups]
     print_table("accuracy by group", ["group", "k = 1", "k = 2"], groups)
     head = runs[2].head

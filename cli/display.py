@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from palcache.evaluation import Evaluation
 
 LINE_SECONDS = 5.0
+UNLIMITED = 10_000
+"""Columns of a table that is written to a file or a pipe."""
 
 
 class Progress(Protocol):
@@ -84,41 +87,59 @@ class _Lines:
             self._last = ""
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table on stdout; the first column is text, the others numbers."""
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, text: int = 1) -> None:
+    """Print a table on stdout and cut nothing: where a terminal is too narrow, each row becomes a block of lines.
+
+    Args:
+        title: printed above the table.
+        columns: their names.
+        rows: their cells.
+        text: the first so many columns are text, the others numbers.
+    """
     from rich import box
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
+    console = Console(markup=False, emoji=False, highlight=False)
+    table = Table(box=box.SIMPLE_HEAD)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+        table.add_column(column, justify="left" if i < text else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    console = Console()
-    Console(width=max(console.width, 118) if not console.is_terminal else console.width).print(table)
+    console.print(title, style="bold", soft_wrap=True)
+    needed = Measurement.get(console, console.options.update(width=UNLIMITED), table).maximum
+    if console.is_terminal and needed > console.width:
+        label = max(map(len, columns))
+        for row in rows:
+            lines = (f"  {column:<{label}}  {cell}" for column, cell in zip(columns, row, strict=True))
+            console.print("\n".join(lines), end="\n\n", soft_wrap=True)
+        return
+    console.width = needed
+    console.print(table)
 
 
-EVALUATION_COLUMNS = ("", "accuracy", "95 % interval", "macro", "worst tenth", "log-loss", "Brier", "ECE")
+def print_evaluations(title: str, evaluations: Mapping[str, Evaluation], names: Mapping[str, str]) -> None:
+    """Print a column per rule: accuracy with its interval, macro, worst tenth, and calibration (ECE: expected error)."""
+    columns = [_figures(evaluation) for evaluation in evaluations.values()]
+    rows = [[figure, *(column[figure] for column in columns)] for figure in columns[0]]
+    print_table(title, ["", *(names.get(rule, rule) for rule in evaluations)], rows)
 
 
-def evaluation_rows(evaluations: Mapping[str, Evaluation], names: Mapping[str, str]) -> list[list[str]]:
-    """Return a row per rule: accuracy with its interval, macro, worst tenth and calibration."""
-    rows = []
-    for rule, evaluation in evaluations.items():
-        micro = evaluation.accuracy["micro"]
-        calibration = (evaluation.log_loss, evaluation.brier, evaluation.calibration_error)
-        rows.append(
-            [
-                names.get(rule, rule),
-                f"{micro.value:.4f}",
-                f"{micro.low:.3f} to {micro.high:.3f}",
-                f"{evaluation.accuracy['macro'].value:.4f}",
-                f"{evaluation.accuracy['worst_tenth'].value:.4f}",
-                *("-" if value is None else f"{value:.4f}" for value in calibration),
-            ]
-        )
-    return rows
+def _figures(evaluation: Evaluation) -> dict[str, str]:
+    micro = evaluation.accuracy["micro"]
+    calibration = {
+        "log-loss": evaluation.log_loss,
+        "Brier": evaluation.brier,
+        "ECE": evaluation.calibration_error,
+    }
+    return {
+        "accuracy": f"{micro.value:.4f}",
+        "95 % interval": f"{micro.low:.3f} to {micro.high:.3f}" if math.isfinite(micro.low) else "-",
+        "macro": f"{evaluation.accuracy['macro'].value:.4f}",
+        "worst tenth": f"{evaluation.accuracy['worst_tenth'].value:.4f}",
+        **{name: "-" if value is None else f"{value:.4f}" for name, value in calibration.items()},
+    }
 
 
 def describe(evaluation: Evaluation, split: str) -> str:

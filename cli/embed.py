@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -53,7 +53,9 @@ def embed(
     val: Annotated[float, typer.Option(help="Share of the units for validation.")] = _SPLIT.val,
     test: Annotated[float, typer.Option(help="Share of the units for testing.")] = _SPLIT.test,
     seed: Annotated[int, typer.Option(help="Of the split and of the sides of chosen and rejected.")] = _SPLIT.seed,
-    ties: Annotated[str, typer.Option(help="y = 0: refuse, drop, or half (both count one half).")] = "refuse",
+    ties: Annotated[
+        Literal["refuse", "drop", "half"], typer.Option(help="y = 0: refuse, drop, or half (both count one half).")
+    ] = "refuse",
     device: DeviceOption = _EMBED.device,
     compute_dtype: Annotated[
         ComputeDtype, typer.Option(help="Type of the forward pass; auto: bfloat16 on CUDA, float32 elsewhere.")
@@ -73,11 +75,8 @@ def embed(
 
     A run always resumes: stop it at any moment and run the same command again.
     """
-    from palcache.errors import InputError
     from palcache.stages import embed_tables
 
-    if ties not in {"refuse", "drop", "half"}:
-        raise InputError(f"Got --ties {ties}; expected refuse, drop or half.")
     config = EmbedConfig(
         model=model,
         revision=revision,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .display import EVALUATION_COLUMNS, describe, evaluation_rows, print_json, print_table
+from .display import describe, print_evaluations, print_json
 from .failures import reports_errors
 from .options import ComparisonsOption, DeviceOption, JsonOption, UnknownUsersOption
 from .train_head import RULES
@@ -44,7 +44,7 @@ def evaluate(
         return
     names = {"head": "PAL-B", **RULES}
     head = evaluations["head"]
-    print_table(describe(head, split), EVALUATION_COLUMNS, evaluation_rows(evaluations, names))
+    print_evaluations(describe(head, split), evaluations, names)
     if head.temperature is not None:
         typer.echo(f"temperature fitted on validation: {head.temperature:.3f} (1 is calibrated)")
     for group, accuracy in head.groups.items():

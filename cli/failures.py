@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,11 +52,11 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
             warnings.showwarning = _show_warning
             try:
                 return command(*args, **kwargs)
-            except typer.Exit:
+            except (typer.Exit, BrokenPipeError):  # the reader of stdout has gone: Typer ends quietly
                 raise
             except (Exception, KeyboardInterrupt) as error:
                 if _state["debug"]:
-                    raise
+                    traceback.print_exc()
                 typer.echo(_message(error), err=True)
                 code = next(code for kind, code in EXIT_CODES if isinstance(error, kind))
                 raise typer.Exit(143 if isinstance(error, Terminated) else code) from None

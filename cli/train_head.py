@@ -9,7 +9,7 @@ import typer
 
 from palcache.configs import FitConfig, HeadConfig, read_config_file
 
-from .display import EVALUATION_COLUMNS, Progress, describe, evaluation_rows, print_json, print_table, progress, say
+from .display import Progress, describe, print_evaluations, print_json, progress, say
 from .failures import reports_errors
 from .options import CacheArgument, ComparisonsOption, DeviceOption, JsonOption, UnknownUsersOption
 
@@ -72,8 +72,11 @@ def train_head(
     stages: dict[str, dict[str, Any]] = {"head": {}, "fit": {}}
     if config is not None:
         stages = read_config_file(config, {"head": HeadConfig, "fit": FitConfig})
-    head = HeadConfig.from_options(**(stages["head"] | _given(k=k, p=p, projector=projector)))
-    fit = FitConfig.from_options(**(stages["fit"] | _given(epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)))
+    origin = "options" if config is None else f"options and {config}"
+    head = HeadConfig.from_mapping(stages["head"] | _given(k=k, p=p, projector=projector), origin=origin)
+    fit = FitConfig.from_mapping(
+        stages["fit"] | _given(epochs=epochs, batch_size=batch_size, lr=lr, seed=seed), origin=origin
+    )
     with progress("train") as bar:
         result = train_run(
             Cache(cache),
@@ -92,7 +95,7 @@ def train_head(
         return
     names = {"head": f"PAL-B (k = {result.head.shape.k})", **RULES}
     for split, evaluations in result.evaluations.items():
-        print_table(describe(evaluations["head"], split), EVALUATION_COLUMNS, evaluation_rows(evaluations, names))
+        print_evaluations(describe(evaluations["head"], split), evaluations, names)
     fitted = result.fitted
     if fitted is None:
         say(f"{run} was complete; nothing was trained")
@@ -115,8 +118,9 @@ class _Reporter:
 
     def __call__(self, event: FitProgress) -> None:
         row = event.row
+        rule = "" if event.rule == "head" else "yardstick k = 1: "
         text = (
-            f"loss {row.train_loss:.4f}  val {row.val_loss:.4f}  val accuracy {row.val_accuracy:.4f}  "
+            f"{rule}loss {row.train_loss:.4f}  val {row.val_loss:.4f}  val accuracy {row.val_accuracy:.4f}  "
             f"{event.comparisons_per_second:,.0f} comparisons/s"
         )
         self._bar.update(row.step, event.steps, text)

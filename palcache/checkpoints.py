@@ -1,10 +1,10 @@
-"""A trained head on disk: one safetensors file with its parameters, its shape and its users."""
+"""Safetensors files: a trained head with its shape and its users, and the state from which training goes on."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -13,13 +13,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from palcache.errors import CacheError
+from palcache.errors import CacheError, InputError
 from palcache.files import write_with
 from palcache.fingerprints import canonical_json
 from palcache.heads import PalB, Parameters
 
 FORMAT: Final = "palcache-head"
-VERSION: Final = "1"
+VERSION: Final = 1
+HEAD: Final = "pal-b"
+METADATA: Final = "palcache"
+"""The one entry of the file's metadata, a JSON text: safetensors writes several entries in random order."""
 
 
 @final
@@ -50,16 +53,61 @@ class TrainedHead:
         return TrainedHead(self.shape, moved, self.users, self.about)
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class HistoryRow:
+    """One evaluation during training.
+
+    Attributes:
+        step: optimizer steps so far.
+        epoch: passes over the training comparisons so far.
+        train_loss: mean loss of the steps since the last evaluation, in nats.
+        val_loss: mean validation loss, in nats.
+        val_accuracy: share of validation comparisons predicted right.
+        lr: learning rate of the projectors at this step.
+        scale: exp(logit_scale).
+    """
+
+    step: int
+    epoch: float
+    train_loss: float
+    val_loss: float
+    val_accuracy: float
+    lr: float
+    scale: float
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class FitState:
+    """Everything that training needs to go on from an evaluation as if it had never stopped.
+
+    Attributes:
+        step: optimizer steps so far.
+        parameters: at this step.
+        best: at the step of the lowest validation loss so far.
+        moments: AdamW's state, by parameter name and moment.
+        history: the evaluations so far.
+    """
+
+    step: int
+    parameters: Parameters
+    best: Parameters
+    moments: dict[str, torch.Tensor]
+    history: tuple[HistoryRow, ...]
+
+
 def save_head(path: Path, head: TrainedHead) -> None:
     """Replace the file at `path` by a head; the same head gives the same bytes."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in head.parameters.items()}
     texts, offsets = _pack(head.users)
-    metadata = {
+    described = {
         "format": FORMAT,
         "version": VERSION,
-        "shape": canonical_json({"head": "pal-b", **asdict(head.shape)}).decode(),
-        "about": canonical_json(head.about).decode(),
+        "shape": {"head": HEAD, **asdict(head.shape)},
+        "about": head.about,
     }
+    metadata = {METADATA: canonical_json(described).decode()}
     tensors |= {"user.id.bytes": texts, "user.id.offsets": offsets}
     write_with(path, lambda temporary: save_file(tensors, temporary, metadata))
 
@@ -71,21 +119,39 @@ def load_head(path: Path) -> TrainedHead:
         CacheError: the file is missing, damaged, or of another format or version.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        metadata, tensors = _read(path)
     except (OSError, SafetensorError) as error:
         raise CacheError(
             f"{path} cannot be read as a head ({error}); train it again with palcache train-head."
         ) from error
-    if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
+    try:
+        described = json.loads(metadata.get(METADATA, "{}"))
+        found = (described.get("format"), described.get("version"))
+        if found != (FORMAT, VERSION):
+            raise CacheError(f"{path} is of format {found[0]} version {found[1]}; expected {FORMAT} {VERSION}.")
+        if described["shape"].pop("head") != HEAD:
+            raise ValueError("another kind of head")
+        shape, about = PalB(**described["shape"]), described["about"]
+        users = _unpack(tensors.pop("user.id.bytes"), tensors.pop("user.id.offsets"))
+        _require_fit(shape, tensors, users)
+    except (KeyError, TypeError, ValueError, AttributeError, InputError) as error:
         raise CacheError(
-            f"{path} is of format {metadata.get('format')} version {metadata.get('version')}; expected {FORMAT} {VERSION}."
-        )
-    shape = json.loads(metadata["shape"])
-    shape.pop("head")
-    users = _unpack(tensors.pop("user.id.bytes"), tensors.pop("user.id.offsets"))
-    return TrainedHead(PalB(**shape), tensors, users, json.loads(metadata["about"]))
+            f"{path} is damaged: its content is not that of a head ({type(error).__name__}: {error}); train it again with "
+            "palcache train-head."
+        ) from error
+    return TrainedHead(shape, tensors, users, about)
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Return a safetensors file's metadata and tensors."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _require_fit(shape: PalB, parameters: Parameters, users: Sequence[str]) -> None:
+    expected = {name: value.shape for name, value in shape.initial(torch.Generator()).items()}
+    if {name: value.shape for name, value in parameters.items()} != expected or len(users) != shape.users:
+        raise ValueError("parameters, users and shape do not fit each other")
 
 
 def _pack(texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,3 +164,30 @@ def _pack(texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
 def _unpack(data: torch.Tensor, offsets: torch.Tensor) -> tuple[str, ...]:
     content, at = data.numpy().tobytes(), offsets.tolist()
     return tuple(content[start:end].decode() for start, end in zip(at[:-1], at[1:], strict=True))
+
+
+def write_state(path: Path, state: FitState) -> None:
+    """Replace the file at `path` by a state of the training."""
+    tensors = {f"now/{name}": value.cpu() for name, value in state.parameters.items()}
+    tensors |= {f"best/{name}": value.cpu() for name, value in state.best.items()}
+    tensors |= {f"moment/{name}": value.cpu() for name, value in state.moments.items()}
+    rows = [[getattr(row, field.name) for field in fields(HistoryRow)] for row in state.history]
+    tensors["history"] = torch.tensor(rows, dtype=torch.float64)
+    tensors["step"] = torch.tensor(state.step)
+    write_with(path, lambda temporary: save_file(tensors, temporary))
+
+
+def read_state(path: Path) -> FitState | None:
+    """Return the state to go on from; None where it cannot be read, so that training starts anew."""
+    try:
+        _, tensors = _read(path)
+    except (OSError, SafetensorError):
+        return None
+    if "step" not in tensors or "history" not in tensors:
+        return None
+
+    def part(prefix: str) -> dict[str, torch.Tensor]:
+        return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+    rows = tuple(HistoryRow(int(row[0]), *row[1:]) for row in tensors["history"].tolist())
+    return FitState(int(tensors["step"]), part("now/"), part("best/"), part("moment/"), rows)

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from palcache.comparisons import OPTIONAL, Column, Comparisons
 from palcache.errors import CacheError
-from palcache.files import write_with
+from palcache.files import HDF5_BYTES, check_space, write_with
 from palcache.fingerprints import Keys, canonical_json, text_keys
 
 FORMAT: Final = "palcache-comparisons"
@@ -64,27 +64,21 @@ def write_stored(path: Path, stored: StoredComparisons) -> None:
     Raises:
         StorageError: the disk is full, or `path` cannot be written.
     """
+    arrays = _arrays(stored)
+    texts = {
+        "format": FORMAT.encode(),
+        "fingerprint": stored.fingerprint.encode(),
+        "spaces": canonical_json(stored.spaces),
+        "about": canonical_json(stored.about),
+    }
 
     def write(temporary: Path) -> None:
+        check_space(temporary, HDF5_BYTES + sum(array.nbytes for array in arrays.values()))
         with h5py.File(temporary, "w") as file:
-            file.attrs.update(
-                format=FORMAT,
-                version=VERSION,
-                fingerprint=stored.fingerprint,
-                spaces=canonical_json(stored.spaces).decode(),
-                about=canonical_json(stored.about).decode(),
-            )
-            comparisons = stored.comparisons
-            _write_column(file, "user", comparisons.users)
-            _write_column(file, "prompt", comparisons.prompts)
-            _write_texts(file, "response", comparisons.responses)
-            file["response_1"], file["response_2"] = comparisons.response_1, comparisons.response_2
-            file["y"] = comparisons.y
-            file["prompt/key"], file["response/key"] = stored.prompt_keys, stored.response_keys
-            for name in OPTIONAL:
-                column: Column | None = getattr(comparisons, name)
-                if column is not None:
-                    _write_column(file, name, column)
+            # Texts of fixed length: damage among those of variable length crashes the HDF5 library.
+            file.attrs.update({name: np.bytes_(text) for name, text in texts.items()}, version=VERSION)
+            for name, array in arrays.items():
+                file[name] = array
 
     write_with(path, write)
 
@@ -97,7 +91,7 @@ def read_stored(path: Path) -> StoredComparisons:
     """
     try:
         with h5py.File(path, "r") as file:
-            if file.attrs.get("format") != FORMAT:
+            if file.attrs.get("format") != FORMAT.encode():
                 raise CacheError(f"{path} is HDF5 but not a palcache comparison table.")
             if int(file.attrs["version"]) != VERSION:
                 raise CacheError(
@@ -113,7 +107,7 @@ def read_stored(path: Path) -> StoredComparisons:
                 y=file["y"][:],
                 **optional,
             )
-            fingerprint = str(file.attrs["fingerprint"])
+            fingerprint = file.attrs["fingerprint"].decode()
             spaces = tuple((prompt, response) for prompt, response in json.loads(file.attrs["spaces"]))
             about = json.loads(file.attrs["about"])
         found = comparisons.fingerprint()
@@ -128,26 +122,31 @@ def read_stored(path: Path) -> StoredComparisons:
     return StoredComparisons(path.stem, comparisons, fingerprint, spaces, about)
 
 
-def _write_column(file: Any, name: str, column: Column) -> None:
-    _write_texts(file, name, column.values)
-    file[f"{name}/code"] = column.codes
+def _arrays(stored: StoredComparisons) -> dict[str, npt.NDArray[Any]]:
+    """Return the datasets of a table by name."""
+    table = stored.comparisons
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    for name, column in {"user": table.users, "prompt": table.prompts, **table.optional()}.items():
+        arrays |= {**_texts(name, column.values), f"{name}/code": column.codes}
+    return arrays | {
+        **_texts("response", table.responses),
+        "response_1": table.response_1,
+        "response_2": table.response_2,
+        "y": table.y,
+        "prompt/key": stored.prompt_keys,
+        "response/key": stored.response_keys,
+    }
+
+
+def _texts(name: str, texts: pa.Array) -> dict[str, npt.NDArray[Any]]:
+    """Return texts as one run of UTF-8 bytes and their offsets, (m + 1,)."""
+    _, offsets, data = texts.buffers()
+    at = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
+    return {f"{name}/bytes": np.frombuffer(data, np.uint8)[at[0] : at[-1]], f"{name}/offsets": at - at[0]}
 
 
 def _read_column(file: Any, name: str) -> Column:
     return Column(_read_texts(file, name), file[f"{name}/code"][:])
-
-
-def _write_texts(file: Any, name: str, texts: pa.Array) -> None:
-    """Store texts as one run of UTF-8 bytes and their offsets, (m + 1,)."""
-    texts = pa.concat_arrays([texts.cast(pa.large_string())])
-    _, offsets, data = texts.buffers()
-    at = (
-        np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
-        if len(texts)
-        else np.zeros(1, np.int64)
-    )
-    stored: npt.NDArray[np.uint8] = np.frombuffer(data, np.uint8)[at[0] : at[-1]] if data else np.empty(0, np.uint8)
-    file[f"{name}/bytes"], file[f"{name}/offsets"] = stored, at - at[0]
 
 
 def _read_texts(file: Any, name: str) -> pa.Array:

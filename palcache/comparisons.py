@@ -44,7 +44,10 @@ class Column:
     def encode(cls, strings: pa.ChunkedArray | pa.Array) -> Column:
         """Dictionary-encode strings; values stand in order of first appearance."""
         whole = pa.chunked_array([strings]) if isinstance(strings, pa.Array) else strings
-        chunks = whole.cast(pa.large_string()).dictionary_encode().unify_dictionaries().chunks
+        encoded = whole.cast(pa.large_string()).dictionary_encode()
+        chunks = encoded.chunks
+        if any(not chunk.dictionary.equals(chunks[0].dictionary) for chunk in chunks[1:]):
+            chunks = encoded.unify_dictionaries().chunks  # Arrow shares one already, and unifying copies all texts
         if not chunks:
             return cls(pa.array([], pa.large_string()), np.empty(0, np.int32))
         codes = np.concatenate([chunk.indices.to_numpy(zero_copy_only=False) for chunk in chunks])
@@ -152,6 +155,11 @@ class Comparisons:
             **optional,
         )
 
+    def optional(self) -> dict[str, Column]:
+        """Return those of the columns `OPTIONAL` that the table has, by name."""
+        columns: dict[str, Column | None] = {"split": self.split, "group": self.group, "pair_id": self.pair_id}
+        return {name: column for name, column in columns.items() if column is not None}
+
     def take(self, rows: npt.NDArray[Any]) -> Comparisons:
         """Return the comparisons at some rows (indices or a mask), with only the texts and names they use."""
         codes = np.stack([self.response_1[rows], self.response_2[rows]])
@@ -164,9 +172,7 @@ class Comparisons:
             response_1=inverse[0],
             response_2=inverse[1],
             y=self.y[rows],
-            split=self.split.take(rows) if self.split is not None else None,
-            group=self.group.take(rows) if self.group is not None else None,
-            pair_id=self.pair_id.take(rows) if self.pair_id is not None else None,
+            **{name: column.take(rows) for name, column in self.optional().items()},
         )
 
     def with_split(self, split: Column) -> Comparisons:
@@ -183,10 +189,8 @@ class Comparisons:
             "response_2": response_keys[self.response_2],
             "y": self.y,
         }
-        for name in OPTIONAL:
-            column: Column | None = getattr(self, name)
-            if column is not None:
-                arrays[name] = text_keys(column.values)[column.codes]
+        for name, column in self.optional().items():
+            arrays[name] = text_keys(column.values)[column.codes]
         return arrays_digest(arrays)
 
 

@@ -86,9 +86,9 @@ def _finite(values: list[float]) -> list[float] | None:
 def predict_margins(head: TrainedHead, data: PreferenceData) -> Array:
     """Return r(response_2) - r(response_1) of each comparison, (n,) float64.
 
-    The data's users must be numbered as the head's (`data.with_users(head.users)`); those it does not know (-1) are
-    scored with the mean mixture of its users.
+    Users are found by their ids; those whom the head does not know are scored with the mean mixture of its users.
     """
+    data, head = data.with_users(head.users), head.to(data.device)
     known = head.mixtures
     mixtures = torch.cat([known, known.mean(0, keepdim=True)])  # row -1: the population's mixture
     out = []

@@ -6,12 +6,15 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from palcache.errors import CacheError, StorageError
 
+HDF5_BYTES: Final = 64 << 10
+"""What one of palcache's HDF5 files takes at most beside its arrays."""
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG}
 
@@ -77,11 +80,32 @@ def write_with(path: Path, write: Callable[[Path], object]) -> None:
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.unlink(missing_ok=True)  # of a killed process whose number came round again, as in containers
         try:
             write(temporary)
             publish(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def check_space(path: Path, size: int) -> None:
+    """Find out that `size` bytes fit under `path`, a name that is free and stays so.
+
+    For writers of HDF5: where the disk fills up while h5py closes a file, the process crashes.
+
+    Raises:
+        StorageError: they do not fit, or `path` cannot be written.
+    """
+    with storage_errors(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(descriptor, 0, size)
+            elif shutil.disk_usage(path.parent).free < size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(descriptor)
+            path.unlink()
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -9,8 +10,8 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from palcache.files import write_with
-from palcache.fingerprints import Keys, digest
+from palcache.files import HDF5_BYTES, check_space, write_with
+from palcache.fingerprints import Keys, arrays_digest, digest
 
 _FORMAT: Final = "palcache-index"
 _VERSION: Final = 1
@@ -67,24 +68,30 @@ class KeyIndex:
         """
 
         def write(temporary: Path) -> None:
+            arrays = {"high": self.high, "low": self.low, "positions": self.positions}
+            check_space(temporary, HDF5_BYTES + sum(array.nbytes for array in arrays.values()))
             with h5py.File(temporary, "w") as file:
-                file.attrs.update(format=_FORMAT, version=_VERSION, stamp=digest(stamp))  # HDF5 allows 64 KiB
-                file["high"], file["low"], file["positions"] = self.high, self.low, self.positions
+                file.attrs["stamp"] = np.bytes_(_stamp(stamp, arrays))
+                for name, array in arrays.items():
+                    file[name] = array
 
         write_with(path, write)
 
     @classmethod
     def load(cls, path: Path, stamp: Any) -> KeyIndex | None:
-        """Read an index, or return None where there is none with this stamp: it is derived and can be built anew."""
+        """Read an index, or return None where no whole one has this stamp: it is derived and can be built anew."""
         try:
             with h5py.File(path, "r") as file:
-                head = (file.attrs["format"], int(file.attrs["version"]), file.attrs["stamp"])
-                if head != (_FORMAT, _VERSION, digest(stamp)):
-                    return None
-                index = cls(file["high"][:], file["low"][:], file["positions"][:])
-        except (OSError, KeyError, ValueError, TypeError, RuntimeError):  # whatever h5py says of a damaged file
+                arrays = {name: file[name][:] for name in ("high", "low", "positions")}
+                whole = file.attrs["stamp"] == _stamp(stamp, arrays).encode()
+        except (OSError, KeyError, TypeError, ValueError, RuntimeError):  # whatever h5py says of a damaged file
             return None
-        return index if len(index.high) == len(index.low) == len(index.positions) else None
+        return cls(**arrays) if whole else None
+
+
+def _stamp(stamp: Any, arrays: Mapping[str, npt.NDArray[Any]]) -> str:
+    """Return a digest of the format, what an index was built from, and its content."""
+    return digest([_FORMAT, _VERSION, stamp, arrays_digest(arrays)])
 
 
 def _halves(keys: Keys) -> tuple[UInt64, UInt64]:

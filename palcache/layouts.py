@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, cast, get_args
 
 import h5py
 import numpy as np
@@ -29,12 +29,15 @@ FORMAT: Final = "palcache-shard"
 VERSION: Final = 1
 BLOCK_ROWS: Final = 4_096
 ALIGNMENT: Final = 4_096
-FILE_DTYPES: Final[Mapping[str, str]] = MappingProxyType({"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"})
+FILE_DTYPES: Final[Mapping[StoredDtype, str]] = MappingProxyType(
+    {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
+)
 POOLED: Final = "emb/pooled"
 SUMMED: Final = (POOLED, "norm", "key", "n_tokens", "flags")
 """The datasets that have a sum per `BLOCK_ROWS` rows."""
 Array = npt.NDArray[Any]
-_Places = dict[str, tuple[int, np.dtype[Any], tuple[int, ...]]]
+_AGAIN: Final = "delete it and run the same palcache embed again"
+_Place = tuple[int, np.dtype[Any], tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,22 +76,11 @@ def create_shard(path: Path, header: ShardHeader, keys: Keys, n_tokens: npt.NDAr
     Raises:
         StorageError: the disk is full or the folder cannot be written.
     """
-    n, blocks = header.rows, -(-header.rows // BLOCK_ROWS)
-    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
-        POOLED: (FILE_DTYPES[header.dtype], (n, header.width)),
-        "norm": ("<f4", (n,)),
-        "key": ("|u1", (n, KEY_BYTES)),
-        "n_tokens": ("<u4", (n,)),
-        "flags": ("|u1", (n,)),
-        "done": ("|u1", (n,)),
-        "sealed": ("|u1", (1,)),
-        **{sum_name(name): ("<u8", (blocks,)) for name in SUMMED},
-    }
     draft = path.with_name(f".{path.name}.tmp")
     with storage_errors(path):
         try:
             with h5py.File(draft, "w", locking=False, alignment_threshold=1, alignment_interval=ALIGNMENT) as file:
-                for name, (dtype, shape) in shapes.items():
+                for name, (dtype, shape) in _shapes(header).items():
                     _create_dataset(file, name, dtype, shape)
                 _write_header(file, header)
             _reserve(draft)
@@ -99,16 +91,31 @@ def create_shard(path: Path, header: ShardHeader, keys: Keys, n_tokens: npt.NDAr
             draft.unlink(missing_ok=True)
 
 
+def _shapes(header: ShardHeader) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return the type and shape of every dataset."""
+    n, blocks = header.rows, -(-header.rows // BLOCK_ROWS)
+    return {
+        POOLED: (FILE_DTYPES[header.dtype], (n, header.width)),
+        "norm": ("<f4", (n,)),
+        "key": ("|u1", (n, KEY_BYTES)),
+        "n_tokens": ("<u4", (n,)),
+        "flags": ("|u1", (n,)),
+        "done": ("|u1", (n,)),
+        "sealed": ("|u1", (1,)),
+        **{sum_name(name): ("<u8", (blocks,)) for name in SUMMED},
+    }
+
+
 def _write_header(file: Any, header: ShardHeader) -> None:
-    file[POOLED].attrs["logical_dtype"] = header.dtype
-    file.attrs.update(
-        format=FORMAT,
-        version=VERSION,
-        space_id=header.space_id,
-        spec=canonical_json(header.spec).decode(),
-        rows=header.rows,
-        versions=canonical_json(header.versions).decode(),
-    )
+    """Write the attributes, texts with a fixed length: a flipped bit among those of variable length can hang HDF5."""
+    file[POOLED].attrs["logical_dtype"] = np.bytes_(header.dtype)
+    texts = {
+        "format": FORMAT.encode(),
+        "space_id": header.space_id.encode(),
+        "spec": canonical_json(header.spec),
+        "versions": canonical_json(header.versions),
+    }
+    file.attrs.update({name: np.bytes_(text) for name, text in texts.items()}, version=VERSION, rows=header.rows)
 
 
 def _create_dataset(file: Any, name: str, dtype: str, shape: tuple[int, ...]) -> None:
@@ -152,7 +159,8 @@ def open_shard(path: Path, *, shared: bool) -> tuple[ShardHeader, dict[str, Arra
     """
     try:
         with h5py.File(path, "r", locking=False) as file:
-            header, places = _read_header(file, path), _find_datasets(file, path)
+            header = _read_header(file, path)
+            places = {name: _find_dataset(file, path, name, *expected) for name, expected in _shapes(header).items()}
         arrays = _map_datasets(path, places, shared=shared)
     except CacheError:
         raise
@@ -160,31 +168,25 @@ def open_shard(path: Path, *, shared: bool) -> tuple[ShardHeader, dict[str, Arra
         if isinstance(error, OSError) and error.errno is not None:
             raise StorageError(f"{path} cannot be opened ({os.strerror(error.errno)}).") from error
         raise CacheError(
-            f"{path} cannot be read as a palcache shard ({error}); it is damaged or cut short: delete it and run the "
-            "same palcache embed again."
+            f"{path} cannot be read as a palcache shard ({error}); it is damaged or cut short: {_AGAIN}."
         ) from error
-    wanted = {*SUMMED, *map(sum_name, SUMMED), "done", "sealed"}
-    if missing := wanted - arrays.keys():
-        raise CacheError(f"{path} lacks the dataset(s) {', '.join(sorted(missing))}; delete it and embed again.")
     return header, arrays
 
 
-def _find_datasets(file: Any, path: Path) -> _Places:
-    """Return where in the file each dataset's bytes begin, with its type and shape."""
-    places: _Places = {}
-
-    def visit(name: str, node: Any) -> None:
-        if isinstance(node, h5py.Dataset):
-            offset = node.id.get_offset()
-            if node.chunks is not None or offset is None:
-                raise CacheError(f"{path}: the dataset {name} is not contiguous; delete the file and embed again.")
-            places[name] = (offset, node.dtype, node.shape)
-
-    file.visititems(visit)
-    return places
+def _find_dataset(file: Any, path: Path, name: str, dtype: str, shape: tuple[int, ...]) -> _Place:
+    """Return where in the file a dataset's bytes begin, with its type and shape, which must be as expected."""
+    dataset = h5py.h5d.open(file.id, name.encode())
+    if (dataset.dtype, dataset.shape) != (np.dtype(dtype), shape):
+        raise CacheError(
+            f"{path}: got {dataset.dtype.str} {dataset.shape} for the dataset {name}, expected {dtype} {shape}; {_AGAIN}."
+        )
+    offset = dataset.get_offset()
+    if dataset.get_create_plist().get_layout() != h5py.h5d.CONTIGUOUS or offset is None:
+        raise CacheError(f"{path}: the dataset {name} is not contiguous; {_AGAIN}.")
+    return offset, np.dtype(dtype), shape
 
 
-def _map_datasets(path: Path, places: _Places, *, shared: bool) -> dict[str, Array]:
+def _map_datasets(path: Path, places: Mapping[str, _Place], *, shared: bool) -> dict[str, Array]:
     """Return datasets as arrays over one memory map of the file.
 
     A shared map writes to the file. Otherwise the map is copy-on-write: readers need no lock, survive a fork, and a
@@ -204,7 +206,7 @@ def _map_datasets(path: Path, places: _Places, *, shared: bool) -> dict[str, Arr
 
 def _read_header(file: Any, path: Path) -> ShardHeader:
     attributes = dict(file.attrs)
-    if attributes.get("format") != FORMAT:
+    if _text(attributes.get("format", b"")) != FORMAT:
         raise CacheError(f"{path} is HDF5 but not a palcache shard.")
     version = int(attributes["version"])
     if version != VERSION:
@@ -213,11 +215,18 @@ def _read_header(file: Any, path: Path) -> ShardHeader:
             "it, or embed into a new folder."
         )
     emb = file[POOLED]
+    dtype = _text(emb.attrs["logical_dtype"])
+    if dtype not in get_args(StoredDtype):
+        raise CacheError(f"{path}: got vectors of {dtype!r}, expected one of {', '.join(FILE_DTYPES)}; {_AGAIN}.")
     return ShardHeader(
-        space_id=str(attributes["space_id"]),
+        space_id=_text(attributes["space_id"]),
         spec=json.loads(attributes["spec"]),
         rows=int(attributes["rows"]),
         width=int(emb.shape[1]),
-        dtype=emb.attrs["logical_dtype"],
+        dtype=cast(StoredDtype, dtype),
         versions=json.loads(attributes["versions"]),
     )
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)

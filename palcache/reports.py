@@ -1,12 +1,15 @@
-"""Pictures from frozen results."""
+"""Tables and pictures from frozen results."""
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from palcache.errors import PalcacheError
-from palcache.files import write_with
+from palcache.files import write_bytes, write_with
 from palcache.training import HistoryRow
 
 
@@ -44,3 +47,12 @@ def draw_history(path: Path, history: Sequence[HistoryRow], *, best_step: int, t
         axes.legend(frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=10)
     write_with(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
+
+
+def write_history(path: Path, history: Sequence[HistoryRow]) -> None:
+    """Replace `path` by a CSV table with one line per evaluation; the same history gives the same bytes."""
+    buffer = io.StringIO(newline="")
+    writer = csv.DictWriter(buffer, [field.name for field in fields(HistoryRow)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in history)
+    write_bytes(path, buffer.getvalue().encode())

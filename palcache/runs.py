@@ -14,36 +14,35 @@ RUN/
 
 from __future__ import annotations
 
-import csv
-import io
+import contextlib
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, final
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+import palcache
 from palcache.cache import Cache, spaces_of
-from palcache.checkpoints import TrainedHead, load_head, save_head
+from palcache.checkpoints import TrainedHead, load_head, read_state, save_head, write_state
 from palcache.comparison_files import StoredComparisons
 from palcache.comparisons import Comparisons
 from palcache.configs import FitConfig, HeadConfig, UnknownUsers
-from palcache.errors import InputError, MismatchError
+from palcache.errors import CacheError, InputError, MismatchError, NumericsError
 from palcache.evaluation import Evaluation, evaluate_head, evaluate_longer, known_rows
-from palcache.files import read_json, storage_errors, write_bytes, write_json, write_with
+from palcache.files import read_json, write_json
 from palcache.heads import PalB
-from palcache.reports import draw_history
+from palcache.reports import draw_history, write_history
 from palcache.tensors import PreferenceData, load_preferences
-from palcache.training import FitProgress, FitResult, FitState, HistoryRow, fit
+from palcache.training import FitProgress, FitResult, FitState, fit
 
 FORMAT: Final = "palcache-run"
 VERSION: Final = 1
 STATE_SECONDS: Final = 2.0
+"""Least time between two writes of the state to go on from."""
 EVALUATED: Final = ("val", "test")
 
 
@@ -120,86 +119,120 @@ def train_run(  # noqa: PLR0913 - keyword-only options
         device: `auto`, `cpu`, `cuda`, `mps`.
         unknown_users: what to do with users who have no training comparison.
         resume: go on with an unfinished run of the same settings.
-        on_progress: called after each evaluation.
+        on_progress: called after each evaluation of the head, then of the yardstick.
 
     Raises:
-        InputError: the folder exists and `resume` is false, a split is empty, or there is only one user.
+        InputError: the folder exists and `resume` is false, a split is empty, or there is only one user; nothing is then
+            left in the folder.
         MismatchError: `resume` is true and the run is of other settings.
-        NumericsError: a vector or the loss is not finite.
+        NumericsError: a vector or the loss is not finite; where no state was kept, the folder is gone again.
     """
     head, config = head or HeadConfig(), config or FitConfig()
     stored = cache.comparisons(comparisons)
-    about = _about(cache, stored, space, head, config)
-    if _begin(path, about, resume=resume):
+    about = _about(cache, stored, space, head, config, unknown_users)
+    if _is_complete(path, about, resume=resume):
         return load_run(path)
     data = load_preferences(cache, stored, space=space, device=device)
     splits = _splits(stored, data, unknown_users)
-    if "test" not in splits:
-        raise InputError(f"The split test of the table {stored.name} is empty; embed it again with --split-by pair.")
     users = splits["train"].data.users
     shape = PalB.from_config(head, d=data.width, users=len(users))
+    versions = {"palcache": palcache.__version__, "torch": torch.__version__}
+    write_json(path / "config.json", {"format": FORMAT, "version": VERSION, "versions": versions, **about})
     fitted = _fit_resumably(path, shape, splits, config, on_progress)
     trained = TrainedHead(shape, fitted.parameters, users, about)
     save_head(path / "head.safetensors", trained)
-    blind = _user_blind(path, trained, splits, replace(head, k=1), config)
+    blind = _user_blind(path, trained, splits, replace(head, k=1), config, on_progress)
     evaluations = {name: _evaluate(trained, blind, splits[name], splits["val"]) for name in EVALUATED}
-    _write_history(path / "history.csv", fitted.history)
+    write_history(path / "history.csv", fitted.history)
     title = f"{stored.name}: k = {head.k}, p = {shape.p}, seed {config.seed}"
     draw_history(path / "curves.png", fitted.history, best_step=fitted.best_step, title=title)
     summary = {"best_step": fitted.best_step, "stopped_early": fitted.stopped_early}
     write_json(path / "metrics.json", {**evaluations_to_dict(evaluations), **summary})
-    (path / "state.safetensors").unlink(missing_ok=True)
+    for leftover in (path / "state.safetensors", *path.glob(".*.tmp")):
+        leftover.unlink(missing_ok=True)
     return RunResult(path, trained, evaluations, fitted.seconds, fitted)
 
 
 def _about(
-    cache: Cache, stored: StoredComparisons, space: str | None, head: HeadConfig, config: FitConfig
+    cache: Cache,
+    stored: StoredComparisons,
+    space: str | None,
+    head: HeadConfig,
+    config: FitConfig,
+    unknown_users: UnknownUsers,
 ) -> dict[str, Any]:
     """Return what a run must agree on to be continued, and a cache to be evaluated."""
     prompt, response = spaces_of(stored, space, cache)
     return {
-        "table": {"name": stored.name, "fingerprint": stored.fingerprint, **stored.about},
+        "table": {**stored.about, "name": stored.name, "fingerprint": stored.fingerprint},
         "spaces": {"prompt": prompt, "response": response},
         "encoder": dict(cache.about(prompt)),
         "head": head.to_dict(),
         "fit": config.to_dict(),
+        "unknown_users": unknown_users,
     }
 
 
-def _begin(path: Path, about: dict[str, Any], *, resume: bool) -> bool:
-    """Make the run folder or check that it can be continued; return whether it is complete already."""
-    config_path = path / "config.json"
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        if not config_path.is_file():
-            raise InputError(f"{path} exists and is no run folder; name a new one with --run.")
-        if not resume:
-            raise InputError(f"The run {path} exists; name a new folder with --run, or continue it with --resume.")
-        before = read_json(config_path, "a run's configuration")
-        differing = [key for key in about if before.get(key) != about[key]]
-        if differing:
-            raise MismatchError(
-                f"The run {path} cannot be continued: its {', '.join(differing)} differ from what is asked now; give the "
-                "same options, or a new --run."
-            )
-        return (path / "metrics.json").is_file()
-    with storage_errors(path):
-        path.mkdir(parents=True, exist_ok=True)
-    write_json(config_path, {"format": FORMAT, "version": VERSION, **about})
-    return False
+def _is_complete(path: Path, about: dict[str, Any], *, resume: bool) -> bool:
+    """Refuse a folder that is taken or cannot be continued; return whether its run is complete already."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return False
+    if not (path / "config.json").is_file():
+        raise InputError(f"{path} exists and is no run folder; name a new one with --run.")
+    if not resume:
+        raise InputError(f"The run {path} exists; name a new folder with --run, or continue it with --resume.")
+    differing = list(_differences(_read_config(path), about))
+    if differing:
+        raise MismatchError(
+            f"The run {path} cannot be continued: it has {'; '.join(differing)}. Give the same options, or a new --run."
+        )
+    return (path / "metrics.json").is_file()
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield `head.k = 2, asked now: 3` for every value that differs."""
+    for key in dict.fromkeys([*now, *(before if prefix else ())]):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            yield f"{prefix}{key} = {old}, asked now: {new}"
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Return the configuration in a run folder.
+
+    Raises:
+        InputError: this is no run folder.
+        CacheError: its configuration is damaged, or of another format or version.
+    """
+    if not (path / "config.json").is_file():
+        raise InputError(
+            f"{path} is no run folder (no config.json); make one with palcache train-head CACHE --run {path}."
+        )
+    config: dict[str, Any] = read_json(path / "config.json", "a run's configuration")
+    found = (config.get("format"), config.get("version")) if isinstance(config, dict) else (None, None)
+    if found != (FORMAT, VERSION):
+        raise CacheError(
+            f"{path / 'config.json'} is of format {found[0]} version {found[1]}; expected {FORMAT} {VERSION}."
+        )
+    return config
+
+
+def _require_complete(path: Path) -> None:
+    if not (path / "metrics.json").is_file():
+        raise InputError(f"The run {path} is not finished; go on with palcache train-head ... --run {path} --resume.")
 
 
 def _splits(stored: StoredComparisons, data: PreferenceData, unknown_users: UnknownUsers) -> dict[str, _Split]:
-    """Return the table's non-empty splits; the head's users are those with training comparisons."""
+    """Return train, val and test, none of them empty; the head's users are those with training comparisons."""
     comparisons = stored.comparisons
-    if comparisons.split is None:
-        raise InputError(f"The table {stored.name} has no split; embed it again with --split-by pair.")
-    names: list[str] = comparisons.split.values.to_pylist()
-    rows = {name: np.flatnonzero(comparisons.split.codes == code) for code, name in enumerate(names)}
-    for name in ("train", "val"):
-        if not len(rows.get(name, ())):
+    rows = {name: _rows_of(stored, name) for name in ("train", *EVALUATED)}
+    for name, at in rows.items():
+        if not len(at):
+            have = ", ".join(sorted(comparisons.split.values.to_pylist())) if comparisons.split else "none"
             raise InputError(
-                f"The split {name} of the table {stored.name} is empty (it has {', '.join(sorted(names))}); embed it "
-                "again with --split-by pair."
+                f"The split {name} of the table {stored.name} is empty (it has {have}); embed it again with --split-by pair."
             )
     users = tuple(comparisons.users.take(rows["train"]).values.to_pylist())
     if len(users) < 2:
@@ -209,10 +242,13 @@ def _splits(stored: StoredComparisons, data: PreferenceData, unknown_users: Unkn
         )
     out = {}
     for name, at in rows.items():
-        if len(at):
-            part = comparisons.take(at)
-            kept = at[known_rows(part, users, unknown_users)]
-            out[name] = _Split(comparisons.take(kept), data.take(kept).with_users(users))
+        kept = at[known_rows(comparisons.take(at), users, unknown_users)]
+        if not len(kept):
+            raise InputError(
+                f"No user of the split {name} of the table {stored.name} has a training comparison; embed it again with "
+                "--split-by pair, or score them with the mean mixture by --unknown-users generic."
+            )
+        out[name] = _Split(comparisons.take(kept), data.take(kept).with_users(users))
     return out
 
 
@@ -228,22 +264,38 @@ def _fit_resumably(
     def keep(state: FitState) -> None:
         nonlocal saved
         if time.monotonic() - saved >= STATE_SECONDS:
-            _write_state(state_path, state)
+            write_state(state_path, state)
             saved = time.monotonic()
 
-    state = _read_state(state_path) if state_path.is_file() else None
+    state = read_state(state_path) if state_path.is_file() else None
     train, val = splits["train"].data, splits["val"].data
-    return fit(shape, train, val, config, on_progress=on_progress, on_state=keep, state=state)
+    try:
+        return fit(shape, train, val, config, on_progress=on_progress, on_state=keep, state=state)
+    except NumericsError:
+        if not state_path.exists():  # nothing to go on from: leave the name free for another try
+            (path / "config.json").unlink()
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
 
 
 def _user_blind(
-    path: Path, head: TrainedHead, splits: Mapping[str, _Split], config: HeadConfig, fit_config: FitConfig
+    path: Path,
+    head: TrainedHead,
+    splits: Mapping[str, _Split],
+    config: HeadConfig,
+    fit_config: FitConfig,
+    on_progress: Callable[[FitProgress], None] | None,
 ) -> TrainedHead:
+    def relabel(event: FitProgress) -> None:
+        if on_progress:
+            on_progress(replace(event, rule="user_blind"))
+
     if head.shape.k == 1:
         blind = head
     else:
         shape = PalB.from_config(config, d=head.shape.d, users=len(head.users))
-        fitted = fit(shape, splits["train"].data, splits["val"].data, fit_config)
+        fitted = fit(shape, splits["train"].data, splits["val"].data, fit_config, on_progress=relabel)
         blind = TrainedHead(shape, fitted.parameters, head.users, head.about)
     save_head(path / "user_blind.safetensors", blind)
     return blind
@@ -262,12 +314,11 @@ def load_run(path: Path) -> RunResult:
     """Read a complete run folder; its metrics are those that were written.
 
     Raises:
-        InputError: the run is not complete.
-        CacheError: a file is missing or damaged.
+        InputError: there is no run at `path`, or it is not finished.
+        CacheError: a file is missing, damaged or of another version.
     """
-    read_json(path / "config.json", "a run folder (config.json)")
-    if not (path / "metrics.json").is_file():
-        raise InputError(f"The run {path} is not finished; go on with palcache train-head ... --run {path} --resume.")
+    _read_config(path)
+    _require_complete(path)
     metrics = read_json(path / "metrics.json", "a run's metrics")
     evaluations: dict[str, dict[str, Evaluation]] = {}
     for split in EVALUATED:
@@ -301,9 +352,12 @@ def evaluate_run(
         The evaluations of `head`, `user_blind` and `longer`.
 
     Raises:
+        InputError: there is no finished run at `path`, or the table has no such split.
         MismatchError: the cache lacks the run's spaces, or a user is unknown and the policy is `refuse`.
+        CacheError: a file of the run is missing, damaged or of another version.
     """
-    config = read_json(path / "config.json", "a run folder (config.json)")
+    config = _read_config(path)
+    _require_complete(path)
     head, blind = load_head(path / "head.safetensors"), load_head(path / "user_blind.safetensors")
     own = config["table"]["name"]
     stored = cache.comparisons(own if comparisons is None and own in cache.comparison_names else comparisons)
@@ -342,36 +396,3 @@ def _rows_of(stored: StoredComparisons, split: str | None) -> npt.NDArray[np.int
     if column is None or split not in names:
         return np.empty(0, np.int64)
     return np.flatnonzero(column.codes == names.index(split))
-
-
-def _write_history(path: Path, history: tuple[HistoryRow, ...]) -> None:
-    buffer = io.StringIO(newline="")
-    writer = csv.DictWriter(buffer, [field.name for field in fields(HistoryRow)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in history)
-    write_bytes(path, buffer.getvalue().encode())
-
-
-def _write_state(path: Path, state: FitState) -> None:
-    tensors = {f"now/{name}": value.cpu() for name, value in state.parameters.items()}
-    tensors |= {f"best/{name}": value.cpu() for name, value in state.best.items()}
-    tensors |= {f"moment/{name}": value.cpu() for name, value in state.moments.items()}
-    rows = [[getattr(row, field.name) for field in fields(HistoryRow)] for row in state.history]
-    tensors["history"] = torch.tensor(rows, dtype=torch.float64)
-    tensors["step"] = torch.tensor(state.step)
-    write_with(path, lambda temporary: save_file(tensors, temporary))
-
-
-def _read_state(path: Path) -> FitState | None:
-    """Return the state to go on from; None where it cannot be read, so that training starts anew."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError):
-        return None
-
-    def part(prefix: str) -> dict[str, torch.Tensor]:
-        return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-    rows = tuple(HistoryRow(int(row[0]), *row[1:]) for row in tensors["history"].tolist())
-    return FitState(int(tensors["step"]), part("now/"), part("best/"), part("moment/"), rows)

@@ -85,6 +85,10 @@ class ShardWriter:
         self._arrays["done"][failed] = 0
         self._arrays["flags"][failed] &= ~np.uint8(FAILED)
 
+    def all_failed(self) -> bool:
+        """Return whether no row could be encoded."""
+        return bool(((self._arrays["flags"] & FAILED) != 0).all())
+
     def seal(self) -> str:
         """Write the block sums and the seal; return the digest of the file, 16 hexadecimal digits.
 

@@ -40,7 +40,9 @@ def read_comparisons(
     if not paths:
         raise InputError("No table was given; name at least one .jsonl, .csv or .parquet file.")
     renames = _check_renames(columns or {})
-    return Comparisons.from_tables([_read_one(path, renames, ties, seed + i) for i, path in enumerate(paths)])
+    comparisons = Comparisons.from_tables([_read_one(path, renames, ties, seed + i) for i, path in enumerate(paths)])
+    pa.default_memory_pool().release_unused()  # half a GiB for a million comparisons
+    return comparisons
 
 
 def _check_renames(columns: Mapping[str, str]) -> dict[str, str]:

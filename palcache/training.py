@@ -11,12 +11,15 @@ from typing import Any, Final, Literal, final
 
 import torch
 
+from palcache.checkpoints import FitState, HistoryRow
 from palcache.configs import FitConfig
 from palcache.errors import InputError, NumericsError
 from palcache.heads import PalB, Parameters
 from palcache.heads.pal_b import scale
 from palcache.losses import cross_entropy
 from palcache.tensors import PreferenceData
+
+__all__ = ["FitProgress", "FitResult", "FitState", "HistoryRow", "epoch_order", "fit", "validate"]
 
 SHUFFLE_ROWS: Final = 1_024
 SHUFFLE_BLOCKS: Final = 64
@@ -25,30 +28,6 @@ EVALUATION_ROWS: Final = 8_192
 WORK_PER_THREAD: Final = 1 << 26
 """Multiply-adds of a step's forward pass that keep one CPU thread busy. With smaller shares threads mostly wait for each
 other, and where the cores are shared with other work every operation waits for the slowest of them."""
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class HistoryRow:
-    """One evaluation during training.
-
-    Attributes:
-        step: optimizer steps so far.
-        epoch: passes over the training comparisons so far.
-        train_loss: mean loss of the steps since the last evaluation, in nats.
-        val_loss: mean validation loss, in nats.
-        val_accuracy: share of validation comparisons predicted right.
-        lr: learning rate of the projectors at this step.
-        scale: exp(logit_scale).
-    """
-
-    step: int
-    epoch: float
-    train_loss: float
-    val_loss: float
-    val_accuracy: float
-    lr: float
-    scale: float
 
 
 @final
@@ -67,26 +46,6 @@ class FitProgress:
     steps: int
     comparisons_per_second: float
     rule: Literal["head", "user_blind"] = "head"
-
-
-@final
-@dataclass(frozen=True, slots=True, eq=False)
-class FitState:
-    """Everything that training needs to go on from an evaluation as if it had never stopped.
-
-    Attributes:
-        step: optimizer steps so far.
-        parameters: at this step.
-        best: at the step of the lowest validation loss so far.
-        moments: AdamW's state, by parameter name and moment.
-        history: the evaluations so far.
-    """
-
-    step: int
-    parameters: Parameters
-    best: Parameters
-    moments: dict[str, torch.Tensor]
-    history: tuple[HistoryRow, ...]
 
 
 @final

@@ -136,7 +136,8 @@ class SpaceWriter:
         """Go on with a dead writer's shard, or claim new keys that no living writer has."""
         folder = self.work.space.shard_folder
         with locked(self.work.space.folder / ".lock"):
-            standing = survey(folder)
+            standing = survey(folder)  # before the look at sealed shards: a claim ends when its shard is sealed
+            self.todo[self._sealed_rows(folder)] = False
             adopted: Claim | None = None
             for claim in standing.stale:
                 if adopted is None and adoptable(claim, self.wanted):
@@ -145,8 +146,6 @@ class SpaceWriter:
                     claim.release()
             if adopted is None:
                 free = self.todo.copy()
-                free[self._sealed_rows(folder)] = False
-                self.todo = free.copy()
                 taken = self.wanted.find(standing.live)
                 free[taken[taken >= 0]] = False
                 rows = np.flatnonzero(free)[: self.config.shard_rows]
@@ -184,11 +183,19 @@ class SpaceWriter:
         for rows, forward in self._forward_all(window, batches):
             self._encode_batch(writer, window, rows, forward)
         with self.summary.timed("write"):
-            path = claim.commit(writer.seal())
-            self._held.remove(claim)
-            self.cache.record(self.work.space.space_id, path, writer.header.rows)
-        self.summary.new_bytes += path.stat().st_size
+            self._seal(claim, writer)
+        self._held.remove(claim)
         self.summary.truncated += int(window.truncated.sum())
+
+    def _seal(self, claim: Claim, writer: ShardWriter) -> None:
+        """Make the shard one of the cache; one without a single vector is left out, and its texts stay to be retried."""
+        if writer.all_failed():
+            self.todo[self.wanted.find(claim.keys)] = False
+            claim.drop()
+            return
+        path = claim.commit(writer.seal())
+        self.cache.record(self.work.space.space_id, path, writer.header.rows)
+        self.summary.new_bytes += path.stat().st_size
 
     def _open_shard(self, claim: Claim, window: TokenizedTexts) -> ShardWriter:
         """Go on with the shard that a dead writer began, if it had the same libraries and device; else create it."""

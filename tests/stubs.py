@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 import threading
@@ -17,7 +16,6 @@ import numpy.typing as npt
 import torch
 
 from palcache.comparisons import Comparisons
-from palcache.configs import EmbedConfig
 from palcache.encoders import Encoder, Role, TokenizedTexts
 
 MAX_WORDS = 9
@@ -107,8 +105,8 @@ class StubEncoder:
         if text in self.nan_on:
             return np.full(self.width, np.nan, np.float32)
         digest = hashlib.shake_128(f"{self.identity}|{role}|{text}".encode()).digest(2 * self.width)
-        values = np.frombuffer(digest, "<i2").astype(np.float32) / 2**15 * self.scale
-        return values * np.float32(2e5) if text in self.huge_on else values
+        scale = np.float32(self.scale * (2e5 if text in self.huge_on else 1) / 2**15)
+        return np.frombuffer(digest, "<i2").astype(np.float32) * scale
 
 
 def as_encoder(stub: StubEncoder) -> Encoder:
@@ -175,8 +173,3 @@ def flip_bit(path: Path, offset: int, bit: int = 3) -> None:
         byte = file.read(1)[0]
         file.seek(offset)
         file.write(bytes([byte ^ (1 << bit)]))
-
-
-def with_changes(config: EmbedConfig, **changes: Any) -> EmbedConfig:
-    """Return a configuration with some values changed."""
-    return dataclasses.replace(config, **changes)

@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 
 from palcache.errors import CacheError, StorageError
-from palcache.files import publish, read_json, storage_errors, sync_file, write_bytes, write_json, write_with
+from palcache.files import (
+    check_space,
+    publish,
+    read_json,
+    storage_errors,
+    sync_file,
+    write_bytes,
+    write_json,
+    write_with,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -35,6 +44,18 @@ def test_write_with_replaces_the_file_at_the_end_only(tmp_path: Path) -> None:
 def test_write_with_makes_the_folders(tmp_path: Path) -> None:
     write_bytes(tmp_path / "a/b/c.bin", b"\x00\xff")
     assert (tmp_path / "a/b/c.bin").read_bytes() == b"\x00\xff"
+
+
+def test_what_a_killed_process_of_this_number_left_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / f".state.{os.getpid()}.tmp").write_text("left by kill -9")
+
+    def write(temporary: Path) -> None:
+        assert not temporary.exists()
+        temporary.write_text("new")
+
+    write_with(tmp_path / "state", write)
+    assert (tmp_path / "state").read_text() == "new"
+    assert names(tmp_path) == ["state"]
 
 
 @pytest.mark.parametrize("error", [ValueError("a fault"), KeyboardInterrupt("a fault"), OSError(errno.EIO, "a fault")])
@@ -92,6 +113,36 @@ def test_a_rename_that_finds_the_disk_full_leaves_the_old_file(tmp_path: Path, m
         write_bytes(tmp_path / "state", b"new")
     assert (tmp_path / "state").read_bytes() == b"old"
     assert names(tmp_path) == ["state"]
+
+
+def test_check_space_asks_and_leaves_nothing(tmp_path: Path) -> None:
+    check_space(tmp_path / "new", 10_000)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9_999, hard))
+    try:
+        with pytest.raises(StorageError, match=r"The disk is full while writing .*new;"):
+            check_space(tmp_path / "new", 10_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert names(tmp_path) == []
+
+
+def test_check_space_asks_the_disk_where_blocks_cannot_be_reserved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On macOS, for example."""
+    monkeypatch.delattr(os, "posix_fallocate")
+    check_space(tmp_path / "new", 1)
+    with pytest.raises(StorageError, match="The disk is full while writing"):
+        check_space(tmp_path / "new", 2**62)
+    assert names(tmp_path) == []
+
+
+def test_check_space_never_touches_a_file(tmp_path: Path) -> None:
+    write_bytes(tmp_path / "state", b"old")
+    with pytest.raises(StorageError, match=r"state cannot be written \(File exists\)"):
+        check_space(tmp_path / "state", 1)
+    assert (tmp_path / "state").read_bytes() == b"old"
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS])

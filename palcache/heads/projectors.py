@@ -130,5 +130,5 @@ class Projector:
 def _dropout(x: torch.Tensor, p: float, noise: torch.Generator | None) -> torch.Tensor:
     if noise is None or p == 0:
         return x
-    keep = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=noise) >= p  # half the time of bernoulli_
-    return x * (keep.to(x.dtype) / (1 - p))
+    uniform = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=noise)  # half the time of bernoulli_
+    return x * uniform.ge_(p).div_(1 - p)
