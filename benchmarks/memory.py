@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.limits import Limit, NoLimitError, forget_pages, memory_limit
-from benchmarks.measuring import Machine, ratio
+from benchmarks.measuring import Machine, Ratio, ratio
 from benchmarks.results import Row, row
 from benchmarks.sources import add_table, add_vectors, numbered, random_vectors, scratch, spec_of
 from palcache import Cache, Comparisons, FitConfig, HeadConfig, PalB, fit, load_preferences
@@ -157,7 +157,8 @@ def _measure(unmeasured: Row, cache: Path, limit: Limit, *, segments: int) -> Ro
     if free.facts["streamed"]:
         return unmeasured.skipped("the machine has not memory enough to train in memory")
     pairs = min(len(limited.millis), len(free.millis))
-    slower = ratio(limited.millis[:pairs], free.millis[:pairs])
+    each = ratio(limited.millis[:pairs], free.millis[:pairs])
+    slower = Ratio(sum(limited.millis[:pairs]) / sum(free.millis[:pairs]), each.low, each.high)
     measured = _figures(limited, free, segments if done else None)
     return unmeasured.with_verdict(done and slower.value <= GOAL, measured, str(slower), note)
 
@@ -165,7 +166,8 @@ def _measure(unmeasured: Row, cache: Path, limit: Limit, *, segments: int) -> Ro
 def _figures(limited: Trainer, free: Trainer, segments: int | None) -> str:
     ended = "finished" if segments else f"stopped after {SECONDS} s and {len(limited.millis)} segments"
     return (
-        f"{ended}; {statistics.median(limited.millis):.2f} ms a step against {statistics.median(free.millis):.2f} ms; "
+        f"{ended}; {statistics.mean(limited.millis):.2f} ms a step on average against "
+        f"{statistics.mean(free.millis):.2f} ms; "
         f"loading {limited.facts['seconds']:.1f} s against {free.facts['seconds']:.1f} s"
     )
 

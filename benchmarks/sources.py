@@ -21,14 +21,15 @@ import pyarrow.parquet
 from palcache import Cache, Space
 from palcache.comparison_files import StoredComparisons
 from palcache.comparisons import Column, Comparisons
-from palcache.configs import EmbedConfig
+from palcache.configs import EmbedConfig, SplitConfig
 from palcache.encoders.sentence import BUNDLED, MINILM
 from palcache.fingerprints import Keys, text_keys
 from palcache.layouts import ShardHeader, create_shard
 from palcache.sentences import TOPICS
 from palcache.shards import ShardWriter
+from palcache.splits import split_comparisons
 from palcache.stages import embed_tables
-from palcache.synthetic import PlantedComparisons
+from palcache.synthetic import PlantedComparisons, draw_population, population_comparisons
 
 DATA: Final = Path(__file__).parents[2] / "shared" / "data"
 SHARD_ROWS: Final = EmbedConfig().shard_rows
@@ -188,4 +189,12 @@ def planted_cache(planted: PlantedComparisons, folder: Path, *, name: str) -> tu
         response_2=planted.response_2,
         y=planted.y,
     )
+    comparisons = split_comparisons(comparisons, SplitConfig())
     return cache, add_table(cache, name, comparisons, spaces)
+
+
+def small_planted(folder: Path) -> tuple[Cache, StoredComparisons]:
+    """Write a cache of 2,048 comparisons and narrow vectors, for `--quick`."""
+    population = draw_population(seed=1, users=4, k=2, d=32, p=32)
+    planted = population_comparisons(population, seed=2, prompts=40, responses=300, per_user=512, temperature=0.1)
+    return planted_cache(planted, folder, name="planted")

@@ -16,7 +16,7 @@ from benchmarks.matmuls import products_of_step
 from benchmarks.measuring import Job, clock, devices, finish, in_turn, ratio
 from benchmarks.plain_loops import CachedVectors, PlainPalB, palcache_margins, train_epoch
 from benchmarks.results import Row, row
-from benchmarks.sources import data_file, embedded, planted_cache, scratch
+from benchmarks.sources import data_file, embedded, planted_cache, scratch, small_planted
 from palcache import Cache, EmbedConfig, FitConfig, HeadConfig, PalB, PreferenceData, fit, load_preferences
 from palcache.comparison_files import StoredComparisons
 from palcache.heads import Parameters
@@ -25,7 +25,6 @@ from palcache.synthetic import draw_population, population_comparisons
 from palcache.training import FitProgress
 
 TABLE: Final = "convarg/seen_users.parquet"
-SHAPE: Final = "PAL-B k = 2, d = p = 384"
 Stored = tuple[Cache, StoredComparisons]
 
 
@@ -55,6 +54,11 @@ class Task:
         shape = PalB.from_config(config, d=data.width, users=len(data.users))
         n = len(data) // batch * batch
         return cls(shape, data.take(np.arange(n)), data.take(np.arange(min(n, 256))), batch, device)
+
+    @property
+    def name(self) -> str:
+        """The head and the batch, for people."""
+        return f"PAL-B k = {self.shape.k}, d = p = {self.shape.d}, batch {self.batch:,}, float32"
 
     @property
     def steps(self) -> int:
@@ -89,47 +93,47 @@ class Task:
 
 def run(quick: bool) -> list[Row]:
     """Measure both tables and the share of the matmul rate, on every device."""
+    rounds = 2 if quick else 5
     planted = _planted(quick=quick)
     rows: list[Row] = []
     for device in devices():
-        rows.append(_against_loop(planted, "planted: 2,000 prompts, 20,000 responses", 2.0, device, quick=quick))
-        rows.append(_convarg(device, quick=quick))
-        rows.append(_share(planted, device, quick=quick))
+        task = Task.of(planted, device, 256)
+        distinct = f"planted: {len(task.train.prompts):,} prompts, {len(task.train.responses):,} responses"
+        rows.append(_against_loop(task, distinct, 2.0, rounds))
+        rows += [] if quick else [_convarg(device, rounds)]
+        rows.append(_share(Task.of(planted, device, 256 if quick else 4_096), rounds))
     return rows
 
 
 def _planted(*, quick: bool) -> Stored:
-    users, d, prompts, responses = (4, 32, 40, 300) if quick else (80, 384, 2_000, 20_000)
-    population = draw_population(seed=1, users=users, k=2, d=d, p=min(d, 64))
-    planted = population_comparisons(
-        population, seed=2, prompts=prompts, responses=responses, per_user=512, temperature=0.1
-    )
+    if quick:
+        return small_planted(scratch() / "small-planted")
+    population = draw_population(seed=1, users=80, k=2, d=384, p=64)
+    planted = population_comparisons(population, seed=2, prompts=2_000, responses=20_000, per_user=512, temperature=0.1)
     return planted_cache(planted, scratch() / "planted", name="planted")
 
 
-def _loop_row(table: str, goal: float, device: str) -> Row:
-    what = f"comparisons/s, {SHAPE}, batch 256, float32, {table}"
+def _convarg(device: str, rounds: int) -> Row:
+    if data_file(TABLE) is None:
+        return _loop_row("comparisons/s, convarg", 5.0, device).skipped(f"there is no {TABLE} (set PALCACHE_DATA_DIR)")
+    cache = Cache(embedded(TABLE, EmbedConfig(device=device)))
+    task = Task.of((cache, cache.comparisons()), device, 256)
+    distinct = f"convarg: {len(task.train.prompts)} prompts, {len(task.train.responses)} responses"
+    return _against_loop(task, distinct, 5.0, rounds)
+
+
+def _loop_row(what: str, goal: float, device: str) -> Row:
     return row("train", what, device, against="a plain DataLoader loop, same head and optimizer", goal=str(goal))
 
 
-def _convarg(device: str, *, quick: bool) -> Row:
-    table, goal = "convarg: 16 prompts, 509 responses", 5.0
-    if quick or data_file(TABLE) is None:
-        why = "--quick embeds no table" if quick else f"there is no {TABLE} (set PALCACHE_DATA_DIR)"
-        return _loop_row(table, goal, device).skipped(why)
-    cache = Cache(embedded(TABLE, EmbedConfig(device=device)))
-    return _against_loop((cache, cache.comparisons()), table, goal, device, quick=quick)
-
-
-def _against_loop(stored: Stored, table: str, goal: float, device: str, *, quick: bool) -> Row:
-    task = Task.of(stored, device, 256)
+def _against_loop(task: Task, distinct: str, goal: float, rounds: int) -> Row:
     loader = DataLoader(CachedVectors(task.train), batch_size=task.batch, shuffle=True)
     jobs: dict[str, Job] = {
         "ours": task.ours,
         "theirs": functools.partial(task.plain, loader),
         "half": functools.partial(task.half_plain, loader),
     }
-    seconds = in_turn(jobs, 2 if quick else 5)
+    seconds = in_turn(jobs, rounds)
     rate = {name: len(task.train) / statistics.median(values) for name, values in seconds.items()}
     measured = (
         f"{rate['ours']:,.0f}/s ({task.batch / rate['ours'] * 1e3:.1f} ms a step) against {rate['theirs']:,.0f}/s "
@@ -137,23 +141,23 @@ def _against_loop(stored: Stored, table: str, goal: float, device: str, *, quick
         f"{rate['half']:,.0f}/s, ratio {ratio(seconds['half'], seconds['ours'])}"
     )
     gain = ratio(seconds["theirs"], seconds["ours"])
-    return _loop_row(table, goal, device).with_ratio(gain, goal, measured, profile(task))
+    unmeasured = _loop_row(f"comparisons/s, {task.name}, {distinct}", goal, task.device)
+    return unmeasured.with_ratio(gain, goal, measured, profile(task))
 
 
-def _share(stored: Stored, device: str, *, quick: bool) -> Row:
-    task = Task.of(stored, device, 256 if quick else 4_096)
-    drawn = task.train.batch(torch.randperm(len(task.train))[: task.batch].to(device))
+def _share(task: Task, rounds: int) -> Row:
+    drawn = task.train.batch(torch.randperm(len(task.train))[: task.batch].to(task.device))
     products = products_of_step(task.shape, drawn)
 
     def multiply() -> None:
         for _ in range(task.steps):
             products.run()
-        finish(device)
+        finish(task.device)
 
-    seconds = in_turn({"ours": task.ours, "bare": functools.partial(clock, multiply)}, 2 if quick else 5)
+    seconds = in_turn({"ours": task.ours, "bare": functools.partial(clock, multiply)}, rounds)
     step = {name: statistics.median(values) / task.steps for name, values in seconds.items()}
-    what = f"share of the matmul rate, {SHAPE}, batch {task.batch:,}, float32, planted"
-    unmeasured = row("train", what, device, against="bare torch.matmul of the same shapes", goal="0.7")
+    what = f"share of the matmul rate, {task.name}, planted"
+    unmeasured = row("train", what, task.device, against="bare torch.matmul of the same shapes", goal="0.7")
     measured = (
         f"{step['ours'] * 1e3:.1f} ms a step ({products.flops / step['ours'] / 1e9:,.0f} GFLOP/s in products) against "
         f"{step['bare'] * 1e3:.1f} ms ({products.flops / step['bare'] / 1e9:,.0f} GFLOP/s)"

@@ -73,10 +73,14 @@ class _Bar:
 class _Lines:
     def __init__(self, title: str) -> None:
         self._title, self._next, self._last = title, time.monotonic() + 1.0, ""
+        self._start: float | None = None
 
     def update(self, done: float, total: float, text: str) -> None:
+        self._start = self._start or time.monotonic()
         share = done / total if total else 1.0
-        self._last = f"{self._title}: {share:4.0%}  {text}"
+        left = (time.monotonic() - self._start) * (1 - share) / share if share else math.inf
+        eta = f"  eta {left:,.0f} s" if 0 < left < math.inf else ""
+        self._last = f"{self._title}: {share:4.0%}  {text}{eta}"
         if time.monotonic() >= self._next:
             self.finish()
             self._next = time.monotonic() + LINE_SECONDS

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from palcache.configs import StoredDtype
 from palcache.errors import CacheError, StorageError
-from palcache.files import storage_errors
+from palcache.files import check_space, storage_errors
 from palcache.fingerprints import KEY_BYTES, Keys, canonical_json
 
 FORMAT: Final = "palcache-shard"
@@ -35,6 +35,8 @@ FILE_DTYPES: Final[Mapping[StoredDtype, str]] = MappingProxyType(
 POOLED: Final = "emb/pooled"
 SUMMED: Final = (POOLED, "norm", "key", "n_tokens", "flags")
 """The datasets that have a sum per `BLOCK_ROWS` rows."""
+_METADATA_BYTES: Final = 256 << 10
+"""What HDF5 takes at most beside the rows: some 40 objects, aligned."""
 Array = npt.NDArray[Any]
 _AGAIN: Final = "delete it and run the same palcache embed again"
 _Place = tuple[int, np.dtype[Any], tuple[int, ...]]
@@ -78,6 +80,8 @@ def create_shard(path: Path, header: ShardHeader, keys: Keys, n_tokens: npt.NDAr
     """
     draft = path.with_name(f".{path.name}.tmp")
     with storage_errors(path):
+        draft.unlink(missing_ok=True)
+        check_space(draft, _METADATA_BYTES + _row_bytes(header) * header.rows)
         try:
             with h5py.File(draft, "w", locking=False, alignment_threshold=1, alignment_interval=ALIGNMENT) as file:
                 for name, (dtype, shape) in _shapes(header).items():
@@ -89,6 +93,10 @@ def create_shard(path: Path, header: ShardHeader, keys: Keys, n_tokens: npt.NDAr
             draft.replace(path)
         finally:
             draft.unlink(missing_ok=True)
+
+
+def _row_bytes(header: ShardHeader) -> int:
+    return header.width * np.dtype(FILE_DTYPES[header.dtype]).itemsize + KEY_BYTES + 11
 
 
 def _shapes(header: ShardHeader) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -99,7 +99,7 @@ def calibration_error(margins: Array, y: npt.NDArray[Any], *, bins: int = BINS) 
     """Return the expected calibration error over bins of equal mass in P(response_2 preferred)."""
     probability, outcome = sigmoid(margins), (np.asarray(y, np.float64) + 1) / 2
     order = np.argsort(probability, kind="stable")
-    gaps = [abs((probability[part] - outcome[part]).sum()) for part in np.array_split(order, min(bins, len(order)))]
+    gaps = [abs((probability[part] - outcome[part]).sum()) for part in np.array_split(order, bins)]
     return float(sum(gaps) / len(order))
 
 

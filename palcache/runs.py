@@ -320,12 +320,16 @@ def load_run(path: Path) -> RunResult:
     _read_config(path)
     _require_complete(path)
     metrics = read_json(path / "metrics.json", "a run's metrics")
-    evaluations: dict[str, dict[str, Evaluation]] = {}
-    for split in EVALUATED:
-        evaluations[split] = {"head": Evaluation.from_dict(metrics[split])}
-        evaluations[split] |= {
-            rule: Evaluation.from_dict(by_split[split]) for rule, by_split in metrics["yardsticks"].items()
+    try:
+        evaluations = {
+            split: {
+                rule: Evaluation.from_dict(by_split[split])
+                for rule, by_split in {"head": metrics, **metrics["yardsticks"]}.items()
+            }
+            for split in EVALUATED
         }
+    except (KeyError, TypeError) as error:
+        raise CacheError(f"{path / 'metrics.json'} is damaged ({type(error).__name__}: {error}).") from error
     return RunResult(path, load_head(path / "head.safetensors"), evaluations, 0.0, None)
 
 

@@ -94,12 +94,6 @@ class Space:
         if KeyIndex.load(self.folder / "index.h5", self._stamp()) is None:
             self._build_index().save(self.folder / "index.h5", self._stamp())
 
-    def index_is_sound(self) -> bool:
-        """Return whether the keys lead where the shards say; `index.h5` has no sums of its own."""
-        built = self._build_index()
-        pairs = ((built.high, self.index.high), (built.low, self.index.low), (built.positions, self.index.positions))
-        return all(np.array_equal(theirs, ours) for theirs, ours in pairs)
-
     def find(self, keys: Keys) -> npt.NDArray[np.int64]:
         """Return the row of each key, (n,), and -1 where the space does not have it."""
         return self.index.find(keys)

@@ -47,6 +47,10 @@ def test_a_plan_by_hand() -> None:
 def test_rows_of_one_length_stay_in_order() -> None:
     batches = plan_batches(np.full(7, 3, np.uint32), 9)
     assert [rows.tolist() for rows in batches] == [[0, 1, 2], [3, 4, 5], [6]]
+    n_tokens = np.random.default_rng(0).integers(1, 4, 2_003).astype(np.uint32)
+    for rows in plan_batches(n_tokens, 300):
+        for length in (1, 2, 3):
+            assert np.all(np.diff(rows[n_tokens[rows] == length]) > 0)
 
 
 @pytest.mark.parametrize("count", [0, 1])

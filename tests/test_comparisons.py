@@ -216,6 +216,12 @@ def test_empty_and_missing_values_are_refused(field: str, value: Any) -> None:
         Comparisons.from_rows(rows, origin="votes")
 
 
+def test_not_a_number_is_missing_in_typed_columns() -> None:
+    users = pa.array([3.0, float("nan")])
+    with pytest.raises(InputError, match=r"^table\.csv, row 2: has no user_id; expected a non-empty text\.$"):
+        normalise(pa.Table.from_pylist([row(0), row(1)]).set_column(0, "user_id", users), PLACE)
+
+
 def test_a_value_that_only_some_rows_have_is_refused() -> None:
     with pytest.raises(InputError, match=r"^rows, row 1: has no group; expected a non-empty text\.$"):
         Comparisons.from_rows([row(0), row(1, group="g")])

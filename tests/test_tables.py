@@ -423,6 +423,15 @@ def test_folders_named_like_columns_do_not_add_them(tmp_path: Path) -> None:
     assert read_comparisons([path]).split is None
 
 
+def test_csv_texts_may_span_lines_wherever_a_block_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = rows_of(60)
+    for i, row in enumerate(rows):
+        row["prompt"] = "line\n" * (i % 7) + "end"
+    path = write(tmp_path / "table.csv", rows)
+    monkeypatch.setattr(palcache.tables, "_CSV_BLOCK", 211)
+    assert read_comparisons([path]).fingerprint() == Comparisons.from_rows(rows).fingerprint()
+
+
 def test_csv_texts_are_never_guessed(tmp_path: Path) -> None:
     """No column turns into numbers, dates or nulls."""
     rows = rows_of(4)
