@@ -220,6 +220,8 @@ def test_not_a_number_is_missing_in_typed_columns() -> None:
     users = pa.array([3.0, float("nan")])
     with pytest.raises(InputError, match=r"^table\.csv, row 2: has no user_id; expected a non-empty text\.$"):
         normalise(pa.Table.from_pylist([row(0), row(1)]).set_column(0, "user_id", users), PLACE)
+    with pytest.raises(InputError, match=r"^table\.csv, row 2: has no y; expected -1"):
+        normalise(pa.Table.from_pylist([row(0), row(1)]).set_column(4, "y", pa.array([1, float("nan")])), PLACE)
 
 
 def test_a_value_that_only_some_rows_have_is_refused() -> None:

@@ -62,7 +62,7 @@ def test_from_toml_reads_and_overrides_win(tmp_path: Path) -> None:
 
 
 def test_from_options_takes_none_as_the_default() -> None:
-    assert FitConfig.from_options(lr=0.5, epochs=None, seed=0) == FitConfig(lr=0.5)
+    assert FitConfig.from_options(lr=0.5, epochs=None, patience=0) == FitConfig(lr=0.5, patience=0)
     with pytest.raises(InputError, match=r"^options: lr = 'fast'; expected a number\.$"):
         FitConfig.from_options(lr="fast")
 

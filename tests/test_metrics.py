@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from collections import defaultdict
 from typing import Any
 
@@ -184,6 +185,17 @@ def test_bootstrap_depends_on_the_seed_alone_and_not_on_its_steps(monkeypatch: p
     assert bootstrap(values, user, seed=3) == first != bootstrap(values, user, seed=4)
     monkeypatch.setattr(palcache.metrics, "DRAWN_AT_ONCE", 5 * 17)
     assert bootstrap(values, user, seed=3) == first
+
+
+def test_the_memory_of_the_bootstrap_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All draws of 2,000 users at once would take 16 MB for each of several arrays."""
+    monkeypatch.setattr(palcache.metrics, "DRAWN_AT_ONCE", 20_000)
+    tracemalloc.start()
+    try:
+        bootstrap(np.ones(2_000), np.arange(2_000))
+        assert tracemalloc.get_traced_memory()[1] < 4_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_one_user_has_no_interval() -> None:

@@ -222,16 +222,19 @@ def test_stray_writes_never_reach_the_disk(tmp_path: Path) -> None:
     assert Shard(path).damage() == []
 
 
-def test_creation_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("successes", [0, 1])
+def test_creation_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, successes: int) -> None:
     """A full disk while a shard is created is one sentence, and neither a half file nor a lost one is left."""
     writer, data = begin(tmp_path), rows_of(N, D, "float16")
-    before = contents(tmp_path)
+    before, calls = contents(tmp_path), []
 
-    def full(_descriptor: int, _offset: int, _length: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def full(_descriptor: int, _offset: int, length: int) -> None:
+        calls.append(length)
+        if len(calls) > successes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("os.posix_fallocate", full)
-    with pytest.raises(StorageError, match=r"The disk is full while writing .*000001.partial; free some space"):
+    with pytest.raises(StorageError, match=r"The disk is full while writing .*000001.partial.*; free some space"):
         create_shard(writer.path, header(n=N + 1), data["keys"], data["n_tokens"], data["flags"])
     assert contents(tmp_path) == before
 
