@@ -640,7 +640,7 @@ def test_memory_is_free_before_a_batch_is_tried_again(folder: Path) -> None:
         def encode(self, window: Any, rows: Any, role: Role) -> torch.Tensor:
             alive.append(self._last() is not None)
             hoard = torch.zeros(3)
-            self._last = weakref.ref(hoard)  # type: ignore[no-untyped-call]
+            self._last = weakref.ref(hoard)
             if len(rows) > 2:
                 raise torch.OutOfMemoryError("stub out of memory")
             return self._stub.encode(window, rows, role) + hoard[0]
