@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -32,12 +32,19 @@ class TrainedHead:
         parameters: tensors on one device, as `shape.initial` names them.
         users: ids of the users, in the order of the rows of `user.logits`.
         about: where it comes from, as JSON values (fingerprints of cache and table, spaces, seed).
+        seen: how many of the users, from the first, were trained with it; None for all. The others were adapted later.
     """
 
     shape: PalB
     parameters: Parameters
     users: tuple[str, ...]
     about: Mapping[str, Any]
+    seen: int | None = None
+
+    @property
+    def generic(self) -> torch.Tensor:
+        """The population's own mixture, the mean of the seen users', (k,)."""
+        return self.mixtures[: self.seen].mean(0)
 
     @property
     def mixtures(self) -> torch.Tensor:
@@ -47,13 +54,21 @@ class TrainedHead:
     def to(self, device: torch.device) -> TrainedHead:
         """Return the head on another device."""
         moved = {name: value.to(device) for name, value in self.parameters.items()}
-        return TrainedHead(self.shape, moved, self.users, self.about)
+        return replace(self, parameters=moved)
+
+    def with_adapted(self, users: Sequence[str], logits: torch.Tensor) -> TrainedHead:
+        """Return the head with more users, whose weights are (u, k); no other parameter changes."""
+        own = self.parameters["user.logits"]
+        parameters = {**self.parameters, "user.logits": torch.cat([own, logits.to(own)])}
+        everyone = (*self.users, *users)
+        shape = replace(self.shape, users=len(everyone))
+        return TrainedHead(shape, parameters, everyone, self.about, len(self.users) if self.seen is None else self.seen)
 
 
 def save_head(path: Path, head: TrainedHead) -> None:
     """Replace the file at `path` by a head; the same head gives the same bytes."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in head.parameters.items()}
-    texts, offsets = _pack(head.users)
+    texts, offsets = pack_texts(head.users)
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -84,17 +99,18 @@ def load_head(path: Path) -> TrainedHead:
         )
     shape = json.loads(metadata["shape"])
     shape.pop("head")
-    users = _unpack(tensors.pop("user.id.bytes"), tensors.pop("user.id.offsets"))
+    users = unpack_texts(tensors.pop("user.id.bytes"), tensors.pop("user.id.offsets"))
     return TrainedHead(PalB(**shape), tensors, users, json.loads(metadata["about"]))
 
 
-def _pack(texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+def pack_texts(texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return strings as UTF-8 bytes and offsets, (m + 1,): any string is a user id, dots and all."""
     encoded = [text.encode() for text in texts]
     offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
     return torch.from_numpy(np.frombuffer(b"".join(encoded), np.uint8).copy()), torch.from_numpy(offsets)
 
 
-def _unpack(data: torch.Tensor, offsets: torch.Tensor) -> tuple[str, ...]:
+def unpack_texts(data: torch.Tensor, offsets: torch.Tensor) -> tuple[str, ...]:
+    """Return the strings that `pack_texts` packed."""
     content, at = data.numpy().tobytes(), offsets.tolist()
     return tuple(content[start:end].decode() for start, end in zip(at[:-1], at[1:], strict=True))

@@ -87,10 +87,9 @@ def predict_margins(head: TrainedHead, data: PreferenceData) -> Array:
     """Return r(response_2) - r(response_1) of each comparison, (n,) float64.
 
     The data's users must be numbered as the head's (`data.with_users(head.users)`); those it does not know (-1) are
-    scored with the mean mixture of its users.
+    scored with the mean mixture of its seen users.
     """
-    known = head.mixtures
-    mixtures = torch.cat([known, known.mean(0, keepdim=True)])  # row -1: the population's mixture
+    mixtures = torch.cat([head.mixtures, head.generic.unsqueeze(0)])  # row -1: the population's mixture
     out = []
     for batch in data.batches(BATCH_ROWS):
         out.append(head.shape.margins(head.parameters, batch, mixtures=mixtures[batch.user]).double().cpu())
