@@ -22,6 +22,7 @@ from palcache.opened_tables import OpenedTable, open_table, population_of
 from palcache.pairs import contradictions
 from palcache.posteriors import Posteriors, maximum_a_posteriori
 from palcache.reductions import ReducedComparisons
+from palcache.regions import credible_regions
 from palcache.reports import draw_curve
 from palcache.runs import load_run
 from palcache.user_files import ADAPTED, UserTable, load_users, save_users
@@ -196,9 +197,10 @@ def _keep(
     rows = torch.nonzero(reduced.counts)[:, 0]
     users = tuple(reduced.users[i] for i in rows.tolist())
     found = posteriors.take(rows)
+    deviation = credible_regions(reduced, population.prior, posteriors).deviation[rows].cpu()
     cpu = Posteriors(found.mean.cpu(), found.covariance.cpu(), found.temperature)
     prior = population.prior.to(torch.device("cpu"))
-    table = UserTable(users, cpu, reduced.counts[rows].cpu(), prior)
+    table = UserTable(users, cpu, reduced.counts[rows].cpu(), prior, deviation)
     before = load_users(path / ADAPTED, path / "head.safetensors")
     save_users(path / ADAPTED, before.updated(table) if before else table, path / "head.safetensors")
     return len(users)

@@ -112,7 +112,7 @@ def maximum_a_posteriori(reduced: ReducedComparisons, prior: Gaussian) -> Poster
     mean = prior.mean.expand(len(counts), size).clone()
     covariance = prior.covariance.expand(len(counts), size, size).clone()
     for users, rows in padded(reduced.user, counts, cells=CELLS // reduced.k**2):
-        chunk = _Chunk.gather(reduced, rows, prior)
+        chunk = PaddedUsers.gather(reduced, rows, prior)
         mean[users], covariance[users] = chunk.solve()
     return Posteriors(mean, covariance, reduced.temperature)
 
@@ -123,7 +123,7 @@ def posteriors_at(reduced: ReducedComparisons, prior: Gaussian, mean: torch.Tens
     counts, size = reduced.counts, reduced.k - 1
     covariance = prior.covariance.expand(len(counts), size, size).clone()
     for users, rows in padded(reduced.user, counts, cells=CELLS // reduced.k**2):
-        expansion = _Chunk.gather(reduced, rows, prior).expand(mean[users])
+        expansion = PaddedUsers.gather(reduced, rows, prior).expand(mean[users])
         covariance[users] = torch.linalg.inv(expansion.expected)
     return Posteriors(mean, covariance, reduced.temperature)
 
@@ -156,7 +156,7 @@ def padded(user: torch.Tensor, counts: torch.Tensor, *, cells: int) -> list[tupl
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
-class _Chunk:
+class PaddedUsers:
     """c users with up to s comparisons each; a padded comparison has b = 0 and so no gradient.
 
     Attributes:
@@ -176,7 +176,7 @@ class _Chunk:
     temperature: float
 
     @classmethod
-    def gather(cls, reduced: ReducedComparisons, rows: torch.Tensor, prior: Gaussian) -> _Chunk:
+    def gather(cls, reduced: ReducedComparisons, rows: torch.Tensor, prior: Gaussian) -> PaddedUsers:
         """Collect the comparisons at padded rows, (c, s)."""
         kept = rows.clamp_min(0)
         b = reduced.b[kept] * (rows >= 0).unsqueeze(-1)
@@ -184,12 +184,12 @@ class _Chunk:
         grams, target = reduced.grams[reduced.prompt[kept]], (reduced.y[kept] + 1) / 2
         return cls(b, grams, target, prior, precision, reduced.temperature)
 
-    def take(self, users: torch.Tensor) -> _Chunk:
+    def take(self, users: torch.Tensor) -> PaddedUsers:
         """Return some of the users."""
         parts = (self.b[users], self.grams[users], self.target[users])
-        return _Chunk(*parts, self.prior, self.precision, self.temperature)
+        return PaddedUsers(*parts, self.prior, self.precision, self.temperature)
 
-    def expand(self, z: torch.Tensor) -> _Expansion:
+    def expand(self, z: torch.Tensor) -> Expansion:
         """Return the negative log-posterior around z, (c, k - 1)."""
         w, by_z, margins, turned, root = self._margins(z)
         probability = torch.sigmoid(margins)
@@ -213,7 +213,7 @@ class _Chunk:
         basis = contrasts(w.shape[1]).to(w)
         softmax = basis.T @ (torch.diag_embed(tilt) - mixed - mixed.transpose(1, 2)) @ basis
         observed = expected + by_z.transpose(1, 2) @ bend @ by_z + softmax
-        return _Expansion(loss, (force.unsqueeze(1) @ by_z).squeeze(1) + pull, expected, observed)
+        return Expansion(loss, (force.unsqueeze(1) @ by_z).squeeze(1) + pull, expected, observed)
 
     def _margins(self, z: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return w (c, k), dw/dz (c, k, k - 1), margins (c, s), M w (c, s, k) and sqrt(w' M w) (c, s)."""
@@ -252,7 +252,7 @@ class _Chunk:
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
-class _Expansion:
+class Expansion:
     """The negative log-posterior of c users around a point, to second order.
 
     Attributes:
@@ -275,14 +275,14 @@ class _Expansion:
         step: torch.Tensor = torch.linalg.solve_ex(hessian, -self.gradient.unsqueeze(-1))[0]
         return step.squeeze(-1)
 
-    def take(self, users: torch.Tensor) -> _Expansion:
+    def take(self, users: torch.Tensor) -> Expansion:
         """Return some of the users."""
-        return _Expansion(self.loss[users], self.gradient[users], self.expected[users], self.observed[users])
+        return Expansion(self.loss[users], self.gradient[users], self.expected[users], self.observed[users])
 
-    def where(self, mine: torch.Tensor, other: _Expansion) -> _Expansion:
+    def where(self, mine: torch.Tensor, other: Expansion) -> Expansion:
         """Return this expansion for the users of `mine`, the other for the rest."""
         wide = mine[:, None, None]
-        return _Expansion(
+        return Expansion(
             torch.where(mine, self.loss, other.loss),
             torch.where(mine[:, None], self.gradient, other.gradient),
             torch.where(wide, self.expected, other.expected),

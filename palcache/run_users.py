@@ -86,7 +86,7 @@ def list_users(path: Path) -> tuple[RunUser, ...]:
 def _describe(table: UserTable, mixtures: torch.Tensor, kind: Literal["seen", "adapted"]) -> list[RunUser]:
     out = []
     for at in torch.split(torch.arange(len(table.users)), 4_096):
-        spread = table.posteriors.take(at).samples(SAMPLES).std(1)
+        spread = table.posteriors.take(at).samples(SAMPLES).std(1) if table.deviation is None else table.deviation[at]
         columns = (at.tolist(), table.counts[at].tolist(), mixtures[at].tolist(), spread.tolist())
         out += [RunUser(table.users[i], kind, n, tuple(w), tuple(sd)) for i, n, w, sd in zip(*columns, strict=True)]
     return out

@@ -36,12 +36,14 @@ class UserTable:
         posteriors: what is known of them.
         counts: comparisons that this rests on, (u,) int64.
         prior: of a new user.
+        deviation: posterior standard deviation of each weight, (u, k), by `palcache.regions`; None: by the posteriors.
     """
 
     users: tuple[str, ...]
     posteriors: Posteriors
     counts: torch.Tensor
     prior: Gaussian
+    deviation: torch.Tensor | None = None
 
     def updated(self, other: UserTable) -> UserTable:
         """Return these users and those of another table of the same head; the other one wins."""
@@ -54,7 +56,9 @@ class UserTable:
             other.posteriors.temperature,
         )
         users = (*(self.users[i] for i in kept.tolist()), *other.users)
-        return UserTable(users, posteriors, torch.cat([self.counts[kept], other.counts]), other.prior)
+        both = self.deviation is not None and other.deviation is not None
+        deviation = torch.cat([self.deviation[kept], other.deviation]) if both else None  # type: ignore[index,list-item]
+        return UserTable(users, posteriors, torch.cat([self.counts[kept], other.counts]), other.prior, deviation)
 
 
 def save_users(path: Path, table: UserTable, head_path: Path) -> None:
@@ -69,6 +73,8 @@ def save_users(path: Path, table: UserTable, head_path: Path) -> None:
         "user.id.bytes": texts,
         "user.id.offsets": offsets,
     }
+    if table.deviation is not None:
+        tensors["deviation"] = table.deviation
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     metadata = {
         "format": FORMAT,
@@ -106,4 +112,4 @@ def load_users(path: Path, head_path: Path) -> UserTable | None:
     users = unpack_texts(tensors["user.id.bytes"], tensors["user.id.offsets"])
     posteriors = Posteriors(tensors["mean"], tensors["covariance"], float(metadata["temperature"]))
     prior = Gaussian(tensors["prior.mean"], tensors["prior.covariance"])
-    return UserTable(users, posteriors, tensors["counts"], prior)
+    return UserTable(users, posteriors, tensors["counts"], prior, tensors.get("deviation"))
