@@ -10,9 +10,9 @@ import torch
 
 from palcache.adaptation import METHODS, MethodName, Population, Published, adapt_users, posteriors_of
 from palcache.errors import InputError
+from palcache.posteriors import maximum_a_posteriori
 from palcache.reductions import ReducedComparisons
 from palcache.suggestions import expected_information, suggest
-from palcache.posteriors import maximum_a_posteriori
 from tests.planted import planted, reduced_of, standard_prior
 
 K = 3

@@ -130,15 +130,9 @@ def test_users_both_seen_and_new(tmp_path: Path) -> None:
     assert found.examples == ("'u4': seen in t0, new in t1",)
 
 
-def with_vectors(folder: Path, vectors: np.ndarray[tuple[int, int], np.dtype[np.float32]]) -> Cache:
-    cache = Cache.create(folder)
-    spec = {"role": "prompt", "dtype": "float32", "width": vectors.shape[1], "compute_dtype": "float32"}
-    space_id = cache.add_space(spec, {"model": "toy"})
-    return cache if space_id else cache
-
-
 def test_a_changed_manifest_is_noticed(tmp_path: Path) -> None:
-    cache = with_vectors(tmp_path / "cache", np.zeros((1, 3), np.float32))
+    cache = Cache.create(tmp_path / "cache")
+    cache.add_space({"role": "prompt", "dtype": "float32", "width": 3, "compute_dtype": "float32"}, {"model": "toy"})
     manifest = tmp_path / "cache" / "palcache.json"
     manifest.write_text(manifest.read_text().replace('"compute_dtype": "float32"', '"compute_dtype": "bfloat16"'))
     (found,) = lint_cache(Cache(cache.path))

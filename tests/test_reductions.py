@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from palcache.heads import PalB
 from palcache.checkpoints import TrainedHead
+from palcache.heads import PalB
 from palcache.reductions import reduce_comparisons
 from palcache.tensors import PairBatch, PreferenceData
 
