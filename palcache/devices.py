@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from palcache.errors import InputError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def resolve_device(device: str) -> torch.device:
@@ -57,3 +63,21 @@ def _memory_limit() -> int:
         except (OSError, ValueError):
             continue
     return min(limits, default=2**62)
+
+
+def side_by_side(work: Callable[[Item], Result], items: Sequence[Item], device: torch.device) -> Iterator[Result]:
+    """Yield the result of each item, in order; on a CPU several at once, on one thread each.
+
+    Small tensors gain little from threads that share one operation and must wait for each other in each.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1 or len(items) < 2:
+        yield from map(work, items)
+        return
+    pool = ThreadPoolExecutor(threads, "palcache-chunk", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        with torch.no_grad():
+            yield from pool.map(work, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # a worker's share becomes the default of the process

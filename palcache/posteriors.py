@@ -15,11 +15,12 @@ from typing import Final, final
 import torch
 import torch.nn.functional as F
 
+from palcache.devices import side_by_side
 from palcache.heads.mixtures import softmax_mixtures
 from palcache.reductions import MIN_NORM, ReducedComparisons
 
-CELLS: Final = 4_000_000
-"""Numbers in the largest tensor of a padded batch (32 MB); users are solved in chunks of that size."""
+CELLS: Final = 2_000_000
+"""Numbers in the largest tensor of a padded batch (16 MB); users are solved in chunks of that size."""
 STEPS: Final = 100
 TOLERANCE: Final = 1e-7
 """A user is done when a step would move no coordinate by more than this, or after `STEPS` steps."""
@@ -111,9 +112,13 @@ def maximum_a_posteriori(reduced: ReducedComparisons, prior: Gaussian) -> Poster
     counts, size = reduced.counts, reduced.k - 1
     mean = prior.mean.expand(len(counts), size).clone()
     covariance = prior.covariance.expand(len(counts), size, size).clone()
-    for users, rows in padded(reduced.user, counts, cells=CELLS // reduced.k**2):
-        chunk = PaddedUsers.gather(reduced, rows, prior)
-        mean[users], covariance[users] = chunk.solve()
+    chunks = padded(reduced.user, counts, cells=CELLS // reduced.k**2)
+
+    def solve(chunk: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        return PaddedUsers.gather(reduced, chunk[1], prior).solve()
+
+    for (users, _), found in zip(chunks, side_by_side(solve, chunks, mean.device), strict=True):
+        mean[users], covariance[users] = found
     return Posteriors(mean, covariance, reduced.temperature)
 
 

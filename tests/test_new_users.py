@@ -33,10 +33,10 @@ Invoke = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a cache of six seen users and ten new ones of the sample, and a run of k = 2."""
+    """Return a folder with a cache of ten seen users and six new ones of the sample, and a run of k = 2."""
     folder = tmp_path_factory.mktemp("new-users")
-    rows = sample_rows(users_per_group=8, comparisons_per_user=40)
-    seen = {f"{group}-{i:02d}" for group in ("adventurous", "homely") for i in range(3)}
+    rows = sample_rows(users_per_group=8, comparisons_per_user=60)
+    seen = {f"{group}-{i:02d}" for group in ("adventurous", "homely") for i in range(5)}
     embed_tables(Comparisons.from_rows(r for r in rows if r["user_id"] in seen), folder / "cache", name="seen")
     new = [{**r, "user_id": f"new.{r['user_id']}"} for r in rows if r["user_id"] not in seen]
     embed_tables(Comparisons.from_rows(new), folder / "cache", name="new")
@@ -60,20 +60,20 @@ def invoke() -> Invoke:
 def test_adapt_prints_the_curve_and_writes_it(folder: Path, invoke: Invoke) -> None:
     code, out, err = invoke(
         "adapt", folder / "run", "--cache", folder / "cache", "--comparisons", "new", "--out", folder / "out",
-        "--shots", "0,1,5,20,21", "--draws", 3, "--json",
+        "--shots", "0,1,5,30,31", "--draws", 3, "--json",
     )  # fmt: skip
     assert code == 0, err
     values: dict[str, Any] = json.loads(out)
-    assert list(values["curve"]) == ["0", "1", "5", "20"]
+    assert list(values["curve"]) == ["0", "1", "5", "30"]
     for point in values["curve"].values():
-        assert point["users"] == 10
+        assert point["users"] == 6
         assert set(point["accuracy"]) == {"micro", "macro", "worst_tenth", "interval"}
         assert point["groups"].keys() == {"adventurous", "homely"}
-    assert values["curve"]["20"]["accuracy"]["micro"] > values["curve"]["0"]["accuracy"]["micro"] + 0.1
+    assert values["curve"]["30"]["accuracy"]["micro"] > values["curve"]["0"]["accuracy"]["micro"] + 0.1
     assert values["seconds"] > 0
-    assert values["seen"]["users"] == 6
+    assert values["seen"]["users"] == 10
     assert set(values["yardsticks"]) == {"user_blind", "longer"}
-    assert "n = 21: no user has as many support comparisons" in err
+    assert "n = 31: no user has as many support comparisons" in err
     names = {path.name for path in (folder / "out").iterdir()}
     assert names == {"new-map.csv", "new-map.json", "new-map.png"}
     assert (folder / "out" / "new-map.png").read_bytes().startswith(b"\x89PNG")
@@ -108,13 +108,13 @@ def test_adapted_users_join_the_run_and_the_head_stays(folder: Path, invoke: Inv
         code, _, err = invoke("adapt", run, "--cache", folder / "cache", "--comparisons", "new", "--save-users",
                               "--shots", "0", "--out", tmp_path)  # fmt: skip
         assert code == 0, err
-        assert "10 users were added" in err
+        assert "6 users were added" in err
     assert (run / "head.safetensors").read_bytes() == before
     code, out, _ = invoke("users", run, "--json")
     users = json.loads(out)["users"]
-    assert [u["kind"] for u in users] == ["seen"] * 6 + ["adapted"] * 10
+    assert [u["kind"] for u in users] == ["seen"] * 10 + ["adapted"] * 6
     assert all(abs(sum(u["mixture"]) - 1) < 1e-5 for u in users)
-    assert {u["comparisons"] for u in users if u["kind"] == "adapted"} == {40}
+    assert {u["comparisons"] for u in users if u["kind"] == "adapted"} == {60}
     assert all(0 < d < 0.5 for u in users for d in u["deviation"])
     assert "new.homely-05" in {u["user"] for u in users}
     code, out, err = invoke("users", run, "--limit", 3)
@@ -184,7 +184,7 @@ def test_suggest(folder: Path, invoke: Invoke) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("adapt", "run", "--comparisons", "seen"), "is one of the head's own (6 such users)"),
+        (("adapt", "run", "--comparisons", "seen"), "is one of the head's own (10 such users)"),
         (
             ("adapt", "run", "--comparisons", "seen", "--seen-users", "drop"),
             "Every user of seen is one of the head's own",
@@ -199,7 +199,7 @@ def test_suggest(folder: Path, invoke: Invoke) -> None:
         (("adapt", "run", "--comparisons", "new", "--draws", "0"), "at least one draw"),
         (("suggest", "blind", "--comparisons", "new"), "nothing to adapt"),
         (("suggest", "run", "--comparisons", "new", "--user", "who"), "does not know the user 'who'"),
-        (("suggest", "run", "--comparisons", "new", "--support", "new"), "has 10 users; say with --user"),
+        (("suggest", "run", "--comparisons", "new", "--support", "new"), "has 6 users; say with --user"),
         (("suggest", "run", "--comparisons", "new", "--support", "new", "--user", "who"), "new has no user 'who'"),
     ],
 )
