@@ -129,10 +129,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     found = measure(quick=options.quick, device=options.device)
+    threads = torch.get_num_threads()
     print(
-        f"{found.users:,} users x {SHOTS} comparisons, k = {K}: {found.seconds:.1f} s with {torch.get_num_threads()} threads "
-        f"(reduce {found.reduce:.1f}, solve {found.solve:.1f}, processor time {found.cpu:.1f}; goal {GOAL_SECONDS:.0f}); largest difference of a user in "
-        f"the batch and alone {found.difference:.1e}"
+        f"{found.users:,} users x {SHOTS} comparisons, k = {K}: {found.seconds:.1f} s with {threads} threads (reduce "
+        f"{found.reduce:.1f}, solve {found.solve:.1f}, processor time {found.cpu:.1f}; goal {GOAL_SECONDS:.0f}); largest "
+        f"difference of a user in the batch and alone {found.difference:.1e}"
     )
 
 

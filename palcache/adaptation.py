@@ -84,8 +84,12 @@ def describe_population(
     """
     answers = reduce_comparisons(head, train)
     prior = fit_prior(reduce_comparisons(head, val))
-    z = coordinates(head.parameters["user.logits"])
-    return Population(head.mixtures.double(), prior), posteriors_at(answers, prior, z), answers.counts
+    z = coordinates(head.parameters["user.logits"].to(answers.b.device))
+    return (
+        Population(head.mixtures.to(answers.b.device).double(), prior),
+        posteriors_at(answers, prior, z),
+        answers.counts,
+    )
 
 
 def adapt_users(

@@ -16,7 +16,7 @@ from palcache.comparison_files import StoredComparisons
 from palcache.comparisons import Comparisons
 from palcache.errors import InputError, MismatchError
 from palcache.files import read_json
-from palcache.reductions import ReducedComparisons, reduce_comparisons
+from palcache.reductions import ReducedComparisons, float64_device, reduce_comparisons
 from palcache.tables import read_comparisons
 from palcache.tensors import PreferenceData, load_preferences
 from palcache.user_files import SEEN, load_users
@@ -99,7 +99,8 @@ def population_of(path: Path, cache: Cache, opened: OpenedTable) -> Population:
     head = opened.head
     table = load_users(path / SEEN, path / "head.safetensors")
     if table is not None:
-        return Population(head.mixtures.double(), table.prior.to(opened.data.device))
+        where = float64_device(opened.data.device)
+        return Population(head.mixtures.to(where).double(), table.prior.to(where))
     config = read_json(path / "config.json", "a run folder (config.json)")
     name = config["table"]["name"]
     stored = cache.comparisons(name) if name in cache.comparison_names else None

@@ -76,9 +76,14 @@ def margins_of(b: torch.Tensor, grams: torch.Tensor, mixtures: torch.Tensor) -> 
     return (b * mixtures).sum(-1) / square.clamp_min(MIN_NORM**2).sqrt()
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """Return the device itself, or the CPU for one that has no float64 (MPS)."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 @torch.no_grad()
 def reduce_comparisons(head: TrainedHead, data: PreferenceData) -> ReducedComparisons:
-    """Return the comparisons in terms of size k; each distinct text is projected once.
+    """Return the comparisons in terms of size k on the data's `float64_device`; each distinct text is projected once.
 
     Args:
         head: on the device of the data.
@@ -91,21 +96,22 @@ def reduce_comparisons(head: TrainedHead, data: PreferenceData) -> ReducedCompar
         F.normalize(head.shape.project_responses(head.parameters, data.responses.take(at)), dim=-1) for at in chunks
     ]
     items = torch.cat([*parts, torch.empty(0, head.shape.p, device=data.device)])
-    n, k = len(data), head.shape.k
-    b = torch.empty(n, k, dtype=torch.float64, device=data.device)
-    grams = torch.empty(len(used_prompts), k, k, dtype=torch.float64, device=data.device)
+    n, k, where = len(data), head.shape.k, float64_device(data.device)
+    b = torch.empty(n, k, device=data.device)
+    grams = torch.empty(len(used_prompts), k, k, dtype=torch.float64, device=where)
     order = torch.argsort(prompt, stable=True)
     first = 0
     for at in torch.split(used_prompts, REDUCE_ROWS // max(1, k // 2)):
         prototypes = head.shape.project_prompts(head.parameters, data.prompts.take(at))  # (k, m, p)
-        wide = prototypes.transpose(0, 1).double()
+        wide = prototypes.transpose(0, 1).to(where).double()
         grams[first : first + len(at)] = wide @ wide.transpose(1, 2)
         edges = torch.tensor([first, first + len(at)], device=data.device)
         start, end = torch.searchsorted(prompt[order], edges).tolist()
         for rows in torch.split(order[start:end], REDUCE_ROWS):
             difference = items[pair[1, rows]] - items[pair[0, rows]]
             for j in range(k):
-                b[rows, j] = (F.embedding(prompt[rows] - first, prototypes[j]) * difference).sum(-1).double()
+                b[rows, j] = (F.embedding(prompt[rows] - first, prototypes[j]) * difference).sum(-1)
         first += len(at)
-    b *= scale(head.parameters).double()
-    return ReducedComparisons(b, grams, prompt, data.y.double(), data.user, data.users, head.shape.temperature)
+    b *= scale(head.parameters)
+    columns = (b.to(where).double(), grams, prompt.to(where), data.y.to(where).double(), data.user.to(where))
+    return ReducedComparisons(*columns, data.users, head.shape.temperature)

@@ -128,7 +128,8 @@ def suggest_run(  # noqa: PLR0913 - keyword-only options
     rows = _unasked(opened.comparisons, answered.comparisons if answered else None)
     if not len(rows):
         raise InputError(f"Every pair of {opened.name} has been answered already; give a larger pool.")
-    reduced = opened.reduce().take(torch.from_numpy(rows).to(opened.data.device))
+    reduced = opened.reduce()
+    reduced = reduced.take(torch.from_numpy(rows).to(reduced.b.device))
     table = opened.comparisons
     prompts, responses = table.prompts.values, table.responses
     return tuple(

@@ -238,6 +238,7 @@ def test_lint_has_an_exit_code(folder: Path, invoke: Invoke, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @needs_data
 @pytest.mark.parametrize("k", [2, 5])
 def test_length_rule(tmp_path: Path, k: int) -> None:
@@ -259,6 +260,7 @@ def test_length_rule(tmp_path: Path, k: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @needs_data
 @pytest.mark.parametrize("source", ["convarg", "persona"])
 def test_map_is_at_or_above_published_on_real_users(tmp_path: Path, source: str) -> None:
