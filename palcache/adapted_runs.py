@@ -134,9 +134,9 @@ def adapt_run(  # noqa: PLR0913 - keyword-only options
         on_progress=on_progress,
     )
     saved = _keep(path, opened, reduced, population, method, seed) if keep_users else 0
-    twice = opened.comparisons.users.codes[contradictions(opened.comparisons)]
+    seen, twice = run.evaluations["test"]["head"], opened.comparisons.users.codes[contradictions(opened.comparisons)]
     result = AdaptedRun(
-        path, opened.name, method, draws, points, run.evaluations["test"]["head"], _yardsticks(path, opened, seed),
+        path, opened.name, method, draws, points, seen, _yardsticks(path, opened, seed),
         len(opened.comparisons.users.values), len(np.unique(twice)), saved, (), 0.0,
     )  # fmt: skip
     files = _write(result, out or path / "adaptation")
