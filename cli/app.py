@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import cache, demo, embed, evaluate, train_head
+from . import adapt, cache, demo, embed, evaluate, lint, suggest, train_head, users
 from .failures import set_debug
 
 app = typer.Typer(
@@ -19,6 +19,10 @@ app = typer.Typer(
 app.command("embed")(embed.embed)
 app.command("train-head")(train_head.train_head)
 app.command("evaluate")(evaluate.evaluate)
+app.command("adapt")(adapt.adapt)
+app.command("suggest")(suggest.suggest)
+app.command("users")(users.users)
+app.command("lint")(lint.lint)
 app.command("demo")(demo.demo)
 app.add_typer(cache.app, name="cache")
 

@@ -11,6 +11,8 @@ from palcache.configs import UnknownUsers
 from palcache.errors import InputError
 
 CacheArgument = Annotated[Path, typer.Argument(help="The cache folder.", show_default=False)]
+RunArgument = Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]
+SpacesCacheOption = Annotated[Path, typer.Option("--cache", help="The cache folder.", show_default=False)]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 ComparisonsOption = Annotated[

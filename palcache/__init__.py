@@ -10,6 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from palcache.adapted_runs import AdaptedRun as AdaptedRun
+    from palcache.adapted_runs import adapt_run as adapt_run
     from palcache.cache import Cache as Cache
     from palcache.cache import Space as Space
     from palcache.checkpoints import TrainedHead as TrainedHead
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
     from palcache.evaluation import evaluate_head as evaluate_head
     from palcache.evaluation import predict_margins as predict_margins
     from palcache.heads import PalB as PalB
+    from palcache.lints import lint_cache as lint_cache
+    from palcache.run_users import list_users as list_users
+    from palcache.run_users import suggest_run as suggest_run
     from palcache.runs import RunResult as RunResult
     from palcache.runs import evaluate_run as evaluate_run
     from palcache.runs import load_run as load_run
@@ -43,6 +48,7 @@ if TYPE_CHECKING:
     from palcache.verification import verify_cache as verify_cache
 
 _HOMES = {
+    "AdaptedRun": "adapted_runs",
     "Cache": "cache",
     "Comparisons": "comparisons",
     "EmbedConfig": "configs",
@@ -58,11 +64,14 @@ _HOMES = {
     "Space": "cache",
     "SplitConfig": "configs",
     "TrainedHead": "checkpoints",
+    "adapt_run": "adapted_runs",
     "embed_comparisons": "encoding",
     "embed_tables": "stages",
     "evaluate_head": "evaluation",
     "evaluate_run": "runs",
     "fit": "training",
+    "lint_cache": "lints",
+    "list_users": "run_users",
     "load_encoder": "encoders.sentence",
     "load_head": "checkpoints",
     "load_preferences": "tensors",
@@ -72,6 +81,7 @@ _HOMES = {
     "read_comparisons": "tables",
     "save_head": "checkpoints",
     "split_comparisons": "splits",
+    "suggest_run": "run_users",
     "train_run": "runs",
     "verify_cache": "verification",
 }

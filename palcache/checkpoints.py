@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -35,12 +35,19 @@ class TrainedHead:
         parameters: tensors on one device, as `shape.initial` names them.
         users: ids of the users, in the order of the rows of `user.logits`.
         about: where it comes from, as JSON values (fingerprints of cache and table, spaces, seed).
+        seen: how many of the users, from the first, were trained with it; None for all. The others were adapted later.
     """
 
     shape: PalB
     parameters: Parameters
     users: tuple[str, ...]
     about: Mapping[str, Any]
+    seen: int | None = None
+
+    @property
+    def generic(self) -> torch.Tensor:
+        """The population's own mixture, the mean of the seen users', (k,)."""
+        return self.mixtures[: self.seen].mean(0)
 
     @property
     def mixtures(self) -> torch.Tensor:
@@ -50,7 +57,15 @@ class TrainedHead:
     def to(self, device: torch.device) -> TrainedHead:
         """Return the head on another device."""
         moved = {name: value.to(device) for name, value in self.parameters.items()}
-        return TrainedHead(self.shape, moved, self.users, self.about)
+        return replace(self, parameters=moved)
+
+    def with_adapted(self, users: Sequence[str], logits: torch.Tensor) -> TrainedHead:
+        """Return the head with more users, whose weights are (u, k); no other parameter changes."""
+        own = self.parameters["user.logits"]
+        parameters = {**self.parameters, "user.logits": torch.cat([own, logits.to(own)])}
+        everyone = (*self.users, *users)
+        shape = replace(self.shape, users=len(everyone))
+        return TrainedHead(shape, parameters, everyone, self.about, len(self.users) if self.seen is None else self.seen)
 
 
 @final
@@ -100,7 +115,7 @@ class FitState:
 def save_head(path: Path, head: TrainedHead) -> None:
     """Replace the file at `path` by a head; the same head gives the same bytes."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in head.parameters.items()}
-    texts, offsets = _pack(head.users)
+    texts, offsets = pack_texts(head.users)
     described = {
         "format": FORMAT,
         "version": VERSION,
@@ -132,7 +147,7 @@ def load_head(path: Path) -> TrainedHead:
         if described["shape"].pop("head") != HEAD:
             raise ValueError("another kind of head")
         shape, about = PalB(**described["shape"]), described["about"]
-        users = _unpack(tensors.pop("user.id.bytes"), tensors.pop("user.id.offsets"))
+        users = unpack_texts(tensors.pop("user.id.bytes"), tensors.pop("user.id.offsets"))
         _require_fit(shape, tensors, users)
     except (KeyError, TypeError, ValueError, AttributeError, InputError) as error:
         raise CacheError(
@@ -154,14 +169,15 @@ def _require_fit(shape: PalB, parameters: Parameters, users: Sequence[str]) -> N
         raise ValueError("parameters, users and shape do not fit each other")
 
 
-def _pack(texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+def pack_texts(texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return strings as UTF-8 bytes and offsets, (m + 1,): any string is a user id, dots and all."""
     encoded = [text.encode() for text in texts]
     offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
     return torch.from_numpy(np.frombuffer(b"".join(encoded), np.uint8).copy()), torch.from_numpy(offsets)
 
 
-def _unpack(data: torch.Tensor, offsets: torch.Tensor) -> tuple[str, ...]:
+def unpack_texts(data: torch.Tensor, offsets: torch.Tensor) -> tuple[str, ...]:
+    """Return the strings that `pack_texts` packed."""
     content, at = data.numpy().tobytes(), offsets.tolist()
     return tuple(content[start:end].decode() for start, end in zip(at[:-1], at[1:], strict=True))
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from palcache.errors import InputError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def resolve_device(device: str) -> torch.device:
@@ -67,3 +73,21 @@ def _table(path: str) -> dict[str, int]:
     """Return the whole numbers in one of the kernel's tables of names and numbers."""
     rows = (line.replace(":", " ").split() for line in Path(path).read_text().splitlines())
     return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
+
+
+def side_by_side(work: Callable[[Item], Result], items: Sequence[Item], device: torch.device) -> Iterator[Result]:
+    """Yield the result of each item, in order; on a CPU several at once, on one thread each.
+
+    Small tensors gain little from threads that share one operation and must wait for each other in each.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1 or len(items) < 2:
+        yield from map(work, items)
+        return
+    pool = ThreadPoolExecutor(threads, "palcache-chunk", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        with torch.no_grad():
+            yield from pool.map(work, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # a worker's share becomes the default of the process

@@ -4,6 +4,8 @@
 RUN/
   config.json           what was trained on what: configurations, fingerprints of cache and table, versions
   head.safetensors      the head of the lowest validation loss, its users included
+  users.safetensors     its users: what is known of each, comparisons of each, and the prior of new ones (k > 1)
+  adapted_users.safetensors  users who were added later
   user_blind.safetensors  the k = 1 yardstick, trained with the same settings
   history.csv           every evaluation
   metrics.json          test and validation, yardsticks beside them; no wall times: the same seed gives the same bytes
@@ -26,6 +28,7 @@ import numpy.typing as npt
 import torch
 
 import palcache
+from palcache.adaptation import describe_population
 from palcache.cache import Cache, spaces_of
 from palcache.checkpoints import TrainedHead, load_head, read_state, save_head, write_state
 from palcache.comparison_files import StoredComparisons
@@ -38,6 +41,7 @@ from palcache.heads import PalB
 from palcache.reports import draw_history, write_history
 from palcache.tensors import PreferenceData, load_preferences
 from palcache.training import FitProgress, FitResult, FitState, fit
+from palcache.user_files import ADAPTED, SEEN, UserTable, load_users, save_users
 
 FORMAT: Final = "palcache-run"
 VERSION: Final = 1
@@ -141,6 +145,8 @@ def train_run(  # noqa: PLR0913 - keyword-only options
     fitted = _fit_resumably(path, shape, splits, config, on_progress)
     trained = TrainedHead(shape, fitted.parameters, users, about)
     save_head(path / "head.safetensors", trained)
+    if head.k > 1:
+        _save_seen_users(path, trained, splits)
     blind = _user_blind(path, trained, splits, replace(head, k=1), config, on_progress)
     evaluations = {name: _evaluate(trained, blind, splits[name], splits["val"]) for name in EVALUATED}
     write_history(path / "history.csv", fitted.history)
@@ -151,6 +157,21 @@ def train_run(  # noqa: PLR0913 - keyword-only options
     for leftover in (path / "state.safetensors", *path.glob(".*.tmp")):
         leftover.unlink(missing_ok=True)
     return RunResult(path, trained, evaluations, fitted.seconds, fitted)
+
+
+def _save_seen_users(path: Path, head: TrainedHead, splits: Mapping[str, _Split]) -> None:
+    """Write what new users will need: the population's prior, and what is known of each seen user."""
+    train, val = splits["train"].data, splits["val"].data
+    population, posteriors, counts = describe_population(head.to(train.device), train, val)
+    save_users(path / SEEN, UserTable(head.users, posteriors, counts, population.prior), path / "head.safetensors")
+
+
+def _with_adapted(head: TrainedHead, adapted: UserTable | None) -> TrainedHead:
+    """Return a head with the users that were added to its run; one reward for all (k = 1) has no weights to take over."""
+    if adapted is None:
+        return head
+    logits = adapted.posteriors.logits if head.shape.k > 1 else torch.zeros(len(adapted.users), 1)
+    return head.with_adapted(adapted.users, logits)
 
 
 def _about(
@@ -342,7 +363,7 @@ def evaluate_run(
     device: str = "auto",
     unknown_users: UnknownUsers = "refuse",
 ) -> dict[str, Evaluation]:
-    """Evaluate a run's head and the yardsticks on a table of a cache.
+    """Evaluate a run's head, users added to the run included, and the yardsticks on a table of a cache.
 
     Args:
         path: the run folder.
@@ -362,7 +383,8 @@ def evaluate_run(
     """
     config = _read_config(path)
     _require_complete(path)
-    head, blind = load_head(path / "head.safetensors"), load_head(path / "user_blind.safetensors")
+    adapted = load_users(path / ADAPTED, path / "head.safetensors")
+    head, blind = (_with_adapted(load_head(path / f"{name}.safetensors"), adapted) for name in ("head", "user_blind"))
     own = config["table"]["name"]
     stored = cache.comparisons(own if comparisons is None and own in cache.comparison_names else comparisons)
     spaces = (config["spaces"]["prompt"], config["spaces"]["response"])

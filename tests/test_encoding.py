@@ -30,7 +30,7 @@ from palcache.errors import InputError, ModelError, NumericsError, StorageError
 from palcache.fingerprints import text_keys
 from palcache.shards import FAILED, TRUNCATED
 from palcache.verification import verify_cache
-from tests.children import DIED, CONTEXT, embed, embed_limited, embed_together, embed_until, finish, start
+from tests.children import CONTEXT, DIED, embed, embed_limited, embed_together, embed_until, finish, start
 from tests.stubs import MAX_WORDS, StubEncoder, as_encoder, contents, differing, small_table, texts_of
 
 SHARD_ROWS = 4

@@ -37,12 +37,12 @@ def invoke(app: typer.Typer) -> Invoke:
 
 
 @pytest.fixture
-def start() -> Callable[..., "subprocess.Popen[str]"]:
+def start() -> Callable[..., subprocess.Popen[str]]:
     """Return a function that starts the installed command in a process of its own."""
     if not EXECUTABLE.is_file():
         pytest.skip(f"needs {EXECUTABLE}: pip install -e .")
 
-    def start(*arguments: object) -> "subprocess.Popen[str]":
+    def start(*arguments: object) -> subprocess.Popen[str]:
         command = [str(EXECUTABLE), *map(str, arguments)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
