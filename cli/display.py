@@ -106,7 +106,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     from rich.table import Table
 
     console = Console(markup=False, emoji=False, highlight=False)
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i < text else "right", no_wrap=True)
     for row in rows:
@@ -120,7 +120,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
             console.print("\n".join(lines), end="\n\n", soft_wrap=True)
         return
     console.width = needed
-    console.print(table)
+    console.print(table, end="\n\n")
 
 
 def print_evaluations(title: str, evaluations: Mapping[str, Evaluation], names: Mapping[str, str]) -> None:

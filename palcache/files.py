@@ -91,21 +91,20 @@ def write_with(path: Path, write: Callable[[Path], object]) -> None:
 def check_space(path: Path, size: int) -> None:
     """Find out that `size` bytes fit under `path`, a name that is free and stays so.
 
-    For writers of HDF5: where the disk fills up while h5py closes a file, the process crashes.
+    For writers of HDF5, inside `storage_errors`: where the disk fills up while h5py closes a file, the process crashes.
 
     Raises:
-        StorageError: they do not fit, or `path` cannot be written.
+        OSError: they do not fit, or `path` cannot be written.
     """
-    with storage_errors(path):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-        try:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(descriptor, 0, size)
-            elif shutil.disk_usage(path.parent).free < size:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        finally:
-            os.close(descriptor)
-            path.unlink()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, size)
+        elif shutil.disk_usage(path.parent).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    finally:
+        os.close(descriptor)
+        path.unlink()
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -48,6 +48,7 @@ VERSION: Final = 1
 STATE_SECONDS: Final = 2.0
 """Least time between two writes of the state to go on from."""
 EVALUATED: Final = ("val", "test")
+RULES: Final = ("head", "user_blind", "longer")
 
 
 @final
@@ -342,12 +343,9 @@ def load_run(path: Path) -> RunResult:
     _require_complete(path)
     metrics = read_json(path / "metrics.json", "a run's metrics")
     try:
+        by_rule = {"head": metrics, **metrics["yardsticks"]}
         evaluations = {
-            split: {
-                rule: Evaluation.from_dict(by_split[split])
-                for rule, by_split in {"head": metrics, **metrics["yardsticks"]}.items()
-            }
-            for split in EVALUATED
+            split: {rule: Evaluation.from_dict(by_rule[rule][split]) for rule in RULES} for split in EVALUATED
         }
     except (KeyError, TypeError) as error:
         raise CacheError(f"{path / 'metrics.json'} is damaged ({type(error).__name__}: {error}).") from error

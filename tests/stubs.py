@@ -43,6 +43,7 @@ class StubEncoder:
         memory: padded words that fit the memory; more raise `torch.OutOfMemoryError`.
         log: a file to which the texts of each batch are appended, one line a text.
         batches: sizes of the batches asked for, failed ones included.
+        overflows: how many of them did not fit the memory.
     """
 
     width: int = 6
@@ -61,6 +62,7 @@ class StubEncoder:
     memory: int | None = None
     log: Path | None = None
     batches: list[int] = field(default_factory=list)
+    overflows: int = 0
 
     @property
     def about(self) -> Mapping[str, Any]:
@@ -90,6 +92,7 @@ class StubEncoder:
         if self.seconds:
             time.sleep(self.seconds)
         if self.memory is not None and len(rows) * int(window.n_tokens[rows].max()) > self.memory:
+            self.overflows += 1
             raise torch.OutOfMemoryError("stub out of memory")
         if bad := self.fails_on.intersection(texts):
             raise ValueError(f"cannot encode {min(bad)}")

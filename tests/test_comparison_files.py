@@ -122,7 +122,7 @@ def test_a_failed_write_keeps_the_old_table(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
     try:
-        with pytest.raises(StorageError, match=r"The disk is full while writing .*table\.h5"):
+        with pytest.raises(StorageError, match=r"The disk is full while writing .*/table\.h5"):
             write_stored(path, stored(rows_of(5_000)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -99,7 +99,7 @@ def test_a_full_disk_is_a_storage_error(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
     try:
-        with pytest.raises(StorageError, match=r"The disk is full while writing .*index\.h5"):
+        with pytest.raises(StorageError, match=r"The disk is full while writing .*/index\.h5"):
             KeyIndex.build(random_keys(5_000)).save(tmp_path / "index.h5", STAMP)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -331,6 +331,7 @@ def test_a_run_comes_back_as_it_was_returned(cache: Cache, done: Path, tmp_path:
     result = train(cache, tmp_path / "run")
     again = load_run(tmp_path / "run")
     assert again.evaluations == result.evaluations
+    assert [list(rules) for rules in again.evaluations.values()] == [list(r) for r in result.evaluations.values()]
     assert {**again.to_dict(), "seconds": 0} == {**result.to_dict(), "seconds": 0}
     assert again.head.users == result.head.users
     values = json.loads(json.dumps(result.to_dict(), allow_nan=False))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import sys
 
 import pytest
-from palcache_cli import display
 from palcache_cli.display import print_evaluations, print_json, print_table, progress
 
 from palcache.evaluation import Evaluation
@@ -19,11 +19,15 @@ ROWS = [["0d8b1d8a", "sentence-transformers/" + "x" * 60, "1,234"], ["[bold]", "
 
 
 class Terminal(io.StringIO):
-    """A terminal, as far as anyone asks."""
+    """A terminal, as far as anyone asks; `getvalue` leaves colours out."""
 
     def isatty(self) -> bool:
         """Say that it is one."""
         return True
+
+    def getvalue(self) -> str:
+        """Return the text without escape sequences."""
+        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", super().getvalue())
 
 
 def shown(monkeypatch: pytest.MonkeyPatch, width: int | None, rows: list[list[str]] = ROWS) -> str:
@@ -32,7 +36,6 @@ def shown(monkeypatch: pytest.MonkeyPatch, width: int | None, rows: list[list[st
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stream)
         patch.setenv("TERM", "dumb" if width is None else "xterm")
-        patch.setenv("NO_COLOR", "1")
         patch.setenv("COLUMNS", str(width or 40))
         patch.setenv("LINES", "30")
         print_table("a title that is rather longer than forty columns, to be sure", COLUMNS, rows, text=2)
@@ -76,7 +79,7 @@ def test_evaluations_are_a_column_per_rule(capsys: pytest.CaptureFixture[str]) -
     longer = Evaluation(8, 2, 0, evaluation(math.nan).accuracy)
     print_evaluations("test", {"head": evaluation(), "longer": longer}, {"head": "PAL-B"})
     lines = {
-        line.split("  ")[1].strip(): line.split()[-4:] for line in capsys.readouterr().out.splitlines() if "0." in line
+        line.strip().split("  ")[0]: line.split()[-4:] for line in capsys.readouterr().out.splitlines() if "0." in line
     }
     assert lines["accuracy"][-2:] == ["0.7500", "0.7500"]
     assert lines["95 % interval"] == ["0.700", "to", "0.800", "-"]
@@ -107,18 +110,18 @@ def test_json_is_one_line_without_nan(capsys: pytest.CaptureFixture[str]) -> Non
 def test_progress_without_a_terminal_is_a_line_now_and_then(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clock = [0.0]
-    monkeypatch.setattr(display.time, "monotonic", lambda: clock[0])
+    clock = [100.0]
+    monkeypatch.setattr("palcache_cli.display.time.monotonic", lambda: clock[0])
     with progress("work") as bar:
         for second in range(13):
-            clock[0] = second
+            clock[0] = 100.0 + second
             bar.update(second, 12, f"at {second}")
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.splitlines() == [
-        "work:   8%  at 1",
-        "work:  50%  at 6",
-        "work:  92%  at 11",
+        "work:   8%  at 1  eta 11 s",
+        "work:  50%  at 6  eta 6 s",
+        "work:  92%  at 11  eta 1 s",
         "work: 100%  at 12",
     ]
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import pytest
 import typer
 from palcache_cli import failures
-from palcache_cli.failures import EXIT_CODES, Terminated, reports_errors
+from palcache_cli.failures import EXIT_CODES, Terminated
 
 from palcache.errors import (
     CacheError,
@@ -22,6 +23,14 @@ from palcache.errors import (
     PalcacheWarning,
     StorageError,
 )
+
+T = TypeVar("T")
+
+
+def reports_errors(command: Callable[[], T]) -> Callable[[], T]:
+    """Wrap a command as the app does, with types (mypy does not see installed packages)."""
+    wrapped: Callable[[], T] = failures.reports_errors(command)
+    return wrapped
 
 
 @pytest.fixture(autouse=True)
