@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from palcache.configs import FitConfig as FitConfig
     from palcache.configs import HeadConfig as HeadConfig
     from palcache.configs import SplitConfig as SplitConfig
+    from palcache.encoders.choices import load_encoder as load_encoder
+    from palcache.encoders.hidden_states import HiddenStateEncoder as HiddenStateEncoder
     from palcache.encoders.sentence import SentenceEncoder as SentenceEncoder
-    from palcache.encoders.sentence import load_encoder as load_encoder
     from palcache.encoding import embed_comparisons as embed_comparisons
     from palcache.encoding import plan_embedding as plan_embedding
     from palcache.errors import PalcacheError as PalcacheError
@@ -49,6 +50,7 @@ _HOMES = {
     "Evaluation": "evaluation",
     "FitConfig": "configs",
     "FitResult": "training",
+    "HiddenStateEncoder": "encoders.hidden_states",
     "HeadConfig": "configs",
     "PalB": "heads",
     "PalcacheError": "errors",
@@ -63,7 +65,7 @@ _HOMES = {
     "evaluate_head": "evaluation",
     "evaluate_run": "runs",
     "fit": "training",
-    "load_encoder": "encoders.sentence",
+    "load_encoder": "encoders.choices",
     "load_head": "checkpoints",
     "load_preferences": "tensors",
     "load_run": "runs",

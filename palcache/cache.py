@@ -18,7 +18,7 @@ from palcache.fingerprints import canonical_json, digest
 from palcache.shards import Shard
 from palcache.spaces import Space
 
-__all__ = ["MANIFEST", "Cache", "Space", "spaces_of"]
+__all__ = ["MANIFEST", "Cache", "Space", "joint_space_of", "spaces_of"]
 
 FORMAT: Final = "palcache"
 VERSION: Final = 1
@@ -81,6 +81,11 @@ class Cache:
         """Return where a space's encoder came from: names and revisions that are not part of its identity."""
         about: dict[str, Any] = self._specs[space_id]["about"]
         return about
+
+    def spec(self, space_id: str) -> Mapping[str, Any]:
+        """Return what identifies a space: everything that changes the meaning of a vector."""
+        spec: dict[str, Any] = self._specs[space_id]["spec"]
+        return spec
 
     def space(self, space_id: str) -> Space:
         """Open a space.
@@ -160,7 +165,11 @@ class Cache:
             with contextlib.suppress(CacheError):  # a damaged table is replaced
                 before = read_stored(path)
                 if before.fingerprint == stored.fingerprint:
-                    stored = replace(stored, spaces=tuple(sorted({*stored.spaces, *before.spaces})))
+                    stored = replace(
+                        stored,
+                        spaces=tuple(sorted({*stored.spaces, *before.spaces})),
+                        joint_spaces=tuple(sorted({*stored.joint_spaces, *before.joint_spaces})),
+                    )
             write_stored(path, stored)
 
     def record(self, space_id: str, shard: Path, rows: int) -> None:
@@ -216,6 +225,32 @@ def _is_foreign(path: Path) -> bool:
 
 def _journal_line(space_id: str, shard: str, rows: int) -> bytes:
     return canonical_json({"rows": rows, "shard": shard, "space": space_id}) + b"\n"
+
+
+def joint_space_of(stored: StoredComparisons, choose: str | None, cache: Cache) -> str:
+    """Return the id of the space in which a table's prompts and responses are embedded together.
+
+    Args:
+        stored: the table.
+        choose: where it is embedded so by several encoders, a prefix of the space's id or the model's name.
+        cache: the cache that holds it.
+
+    Raises:
+        InputError: nothing or more than one thing fits.
+    """
+    found = [
+        space_id
+        for space_id in stored.joint_spaces
+        if choose is None or space_id.startswith(choose) or cache.about(space_id).get("model") == choose
+    ]
+    if len(found) != 1:
+        have = "; ".join(f"{cache.about(space_id).get('model')} = {space_id[:8]}" for space_id in stored.joint_spaces)
+        raise InputError(
+            f"The table {stored.name} is embedded by {len(stored.joint_spaces)} encoders jointly ({have or 'none'}) and "
+            f"{'--space ' + choose if choose else 'no --space'} fits {len(found)} of them; choose one with --space, or "
+            "embed with --items joint."
+        )
+    return found[0]
 
 
 def spaces_of(stored: StoredComparisons, choose: str | None, cache: Cache) -> tuple[str, str]:
