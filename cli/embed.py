@@ -27,6 +27,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from palcache.comparisons import Ties
     from palcache.encoding import EmbedProgress, EmbedSummary
 
 
@@ -95,11 +96,8 @@ def embed(
 
     A run always resumes: stop it at any moment and run the same command again.
     """
-    from palcache.errors import InputError
     from palcache.stages import embed_tables
 
-    if ties not in {"refuse", "drop", "half"}:
-        raise InputError(f"Got --ties {ties}; expected refuse, drop or half.")
     config = EmbedConfig(
         model=model,
         revision=revision,
@@ -125,26 +123,46 @@ def embed(
         "config": config,
         "split": SplitConfig(by=split_by, val=val, test=test, seed=seed),
         "columns": parse_pairs(map_, "--map"),
-        "ties": ties,
+        "ties": parse_ties(ties),
     }
     if plan:
         summary = embed_tables(tables, cache, plan=True, **options)
     else:
         with progress("embed") as bar:
-            summary = embed_tables(tables, cache, on_progress=_Reporter(bar), **options)
+            summary = embed_tables(tables, cache, on_progress=Reporter(bar), **options)
+    report_summary(summary, cache, plan=plan, json_=json_)
+
+
+def parse_ties(ties: str) -> Ties:
+    """Return what to do with y = 0.
+
+    Raises:
+        InputError: it is none of the choices.
+    """
+    from palcache.errors import InputError
+
+    choices: dict[str, Ties] = {"refuse": "refuse", "drop": "drop", "half": "half"}
+    if ties not in choices:
+        raise InputError(f"Got --ties {ties}; expected refuse, drop or half.")
+    return choices[ties]
+
+
+def report_summary(summary: EmbedSummary, cache: Path, *, plan: bool, json_: bool) -> None:
+    """Print what was done, or with `plan` would be done."""
     if json_:
         print_json({**asdict(summary), "repeats_saved": summary.repeats_saved, "plan": plan})
     else:
         _print_summary(summary, cache, plan=plan)
 
 
-class _Reporter:
+class Reporter:
     """Turns progress of the encoding into a bar with rates."""
 
     def __init__(self, bar: Progress) -> None:
         self._bar = bar
 
     def __call__(self, event: EmbedProgress) -> None:
+        """Show where the encoding stands."""
         elapsed = max(1e-9, time.perf_counter() - event.started)
         rates = f"{event.texts / elapsed:,.0f} texts/s  {event.tokens / elapsed:,.0f} tokens/s"
         text = "waiting for another writer" if event.waiting else rates

@@ -30,10 +30,15 @@ if TYPE_CHECKING:
     from palcache.evaluation import evaluate_head as evaluate_head
     from palcache.evaluation import predict_margins as predict_margins
     from palcache.heads import PalB as PalB
+    from palcache.imports import import_vectors as import_vectors
+    from palcache.joints import JointData as JointData
+    from palcache.joints import load_joint as load_joint
     from palcache.runs import RunResult as RunResult
     from palcache.runs import evaluate_run as evaluate_run
     from palcache.runs import load_run as load_run
     from palcache.runs import train_run as train_run
+    from palcache.spans import comparison_spans as comparison_spans
+    from palcache.spans import divergence_spans as divergence_spans
     from palcache.splits import split_comparisons as split_comparisons
     from palcache.stages import embed_tables as embed_tables
     from palcache.tables import read_comparisons as read_comparisons
@@ -41,6 +46,8 @@ if TYPE_CHECKING:
     from palcache.tensors import load_preferences as load_preferences
     from palcache.training import FitResult as FitResult
     from palcache.training import fit as fit
+    from palcache.vectors import NamedVectors as NamedVectors
+    from palcache.vectors import read_vectors as read_vectors
     from palcache.verification import verify_cache as verify_cache
 
 _HOMES = {
@@ -50,8 +57,10 @@ _HOMES = {
     "Evaluation": "evaluation",
     "FitConfig": "configs",
     "FitResult": "training",
-    "HiddenStateEncoder": "encoders.hidden_states",
     "HeadConfig": "configs",
+    "HiddenStateEncoder": "encoders.hidden_states",
+    "JointData": "joints",
+    "NamedVectors": "vectors",
     "PalB": "heads",
     "PalcacheError": "errors",
     "PreferenceData": "tensors",
@@ -60,6 +69,8 @@ _HOMES = {
     "Space": "cache",
     "SplitConfig": "configs",
     "TrainedHead": "checkpoints",
+    "comparison_spans": "spans",
+    "divergence_spans": "spans",
     "embed_comparisons": "encoding",
     "embed_tables": "stages",
     "evaluate_head": "evaluation",
@@ -67,11 +78,14 @@ _HOMES = {
     "fit": "training",
     "load_encoder": "encoders.choices",
     "load_head": "checkpoints",
+    "import_vectors": "imports",
+    "load_joint": "joints",
     "load_preferences": "tensors",
     "load_run": "runs",
     "plan_embedding": "encoding",
     "predict_margins": "evaluation",
     "read_comparisons": "tables",
+    "read_vectors": "vectors",
     "save_head": "checkpoints",
     "split_comparisons": "splits",
     "train_run": "runs",

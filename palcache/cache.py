@@ -10,6 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, final
 
+import numpy.typing as npt
+import torch
+
 from palcache.claims import locked
 from palcache.comparison_files import StoredComparisons, read_stored, write_stored
 from palcache.errors import CacheError, InputError, MismatchError
@@ -97,6 +100,15 @@ class Cache:
         if space_id not in self._specs:
             raise MismatchError(f"The cache {self.path} has no space {space_id}; it has {', '.join(self.space_ids)}.")
         return Space(self.path / "spaces" / space_id, space_id, self._specs[space_id]["spec"])
+
+    def tokens(
+        self, space_id: str, indices: npt.NDArray[Any] | torch.Tensor, *, device: str | torch.device = "cpu"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the kept token states of some rows of a space: (T, d) values and (n + 1,) offsets; see `Space.tokens`.
+
+        A space is opened anew by each call; a loop keeps the `Space`.
+        """
+        return self.space(space_id).tokens(indices, device=device)
 
     def shard_paths(self, space_id: str) -> list[Path]:
         """Return the sealed shards of a space, in order."""

@@ -164,6 +164,28 @@ class Space:
         places, offsets = self._token_places(self._checked(indices))
         return self._gather("tok/ids", places, self._token_bases).long(), offsets
 
+    def token_lengths(self, indices: npt.NDArray[Any] | torch.Tensor) -> npt.NDArray[np.int64]:
+        """Return how many tokens of some rows are kept, (n,).
+
+        Raises:
+            IndexError: a row is outside the space.
+            CacheError: the space keeps no token states.
+        """
+        at = self._checked(indices)
+        lengths: npt.NDArray[np.int64] = (self._token_starts[at + 1] - self._token_starts[at]).numpy()
+        return lengths
+
+    def prompt_lengths(self, indices: npt.NDArray[Any] | torch.Tensor) -> npt.NDArray[np.int64]:
+        """Return how many tokens of some joint rows are the prompt's, (n,).
+
+        Raises:
+            IndexError: a row is outside the space.
+            CacheError: the rows are no joint items.
+        """
+        at = self._checked(indices)
+        lengths: npt.NDArray[np.int64] = self._gather("n_prompt", at, self._bases).numpy().astype(np.int64)
+        return lengths
+
     @property
     def token_count(self) -> int:
         """Number of kept token states."""
