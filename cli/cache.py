@@ -99,6 +99,7 @@ def _tables(cache: Cache) -> list[dict[str, Any]]:
                 "splits": {split: splits.count(split) for split in sorted(set(splits))},
                 "fingerprint": stored.fingerprint,
                 "spaces": [list(pair) for pair in stored.spaces],
+                "joint_spaces": list(stored.joint_spaces),
             }
         )
     return out

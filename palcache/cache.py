@@ -277,6 +277,11 @@ def spaces_of(stored: StoredComparisons, choose: str | None, cache: Cache) -> tu
         InputError: nothing or more than one thing fits.
     """
     pairs: Sequence[tuple[str, str]] = stored.spaces
+    if not pairs and stored.joint_spaces:
+        raise InputError(
+            f"The table {stored.name} holds joint items only, and vectors of prompts and responses by themselves are asked "
+            "for; run palcache embed on it with --items separate too."
+        )
     if choose is not None:
         pairs = [pair for pair in pairs if pair[0].startswith(choose) or cache.about(pair[0]).get("model") == choose]
     if len(pairs) != 1:

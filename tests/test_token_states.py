@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from palcache_cli.app import app
+from typer.testing import CliRunner
 
 from palcache.cache import Cache
 from palcache.comparisons import Comparisons
@@ -25,6 +28,7 @@ from palcache.joints import load_joint
 from palcache.layouts import sampled_rows
 from palcache.spans import comparison_spans, divergence_spans
 from palcache.stages import embed_tables
+from palcache.tensors import load_preferences
 from palcache.verification import reencode_sample, verify_cache
 from tests.models import corpus, save_model
 from tests.stubs import StubEncoder, contents, differing, flip_bit, small_table
@@ -189,6 +193,14 @@ def test_a_table_that_is_not_joint_says_so(tmp_path: Path) -> None:
         load_joint(cache, cache.comparisons())
 
 
+def test_a_joint_table_has_no_separate_vectors(tmp_path: Path) -> None:
+    cache = embed(tmp_path / "c", items="joint")
+    with pytest.raises(InputError, match=r"holds joint items only.*with --items separate too"):
+        load_preferences(cache, cache.comparisons())
+    both = embed(tmp_path / "c", items="separate")
+    assert len(load_preferences(both, both.comparisons())) == len(load_joint(both, both.comparisons())) == len(table())
+
+
 def test_encoders_of_one_vector_refuse_tokens_and_joint_items(tmp_path: Path) -> None:
     for options in ({"tokens": "all"}, {"items": "joint"}):
         config = EmbedConfig.from_mapping(options)
@@ -267,6 +279,8 @@ def slow(self, *arguments, **options):
 HiddenStateEncoder.encode_states = slow
 here.model_folder = lambda family: Path(model)
 import torch
+from palcache_cli.app import app
+from typer.testing import CliRunner
 torch.set_num_threads(1)
 here.embed(folder, items=items, tokens="all", dtype="int8", token_budget=30)
 """
@@ -293,3 +307,29 @@ def test_a_killed_run_resumes_byte_for_byte(items: str, tmp_path: Path) -> None:
     whole, cut = contents(tmp_path / "whole"), contents(tmp_path / "cut")
     assert any(name.endswith(".h5") for name in whole)
     assert differing(whole, cut) == []
+
+
+def test_the_commands_plan_embed_and_verify_token_states(tmp_path: Path) -> None:
+    path, cache = tmp_path / "t.jsonl", tmp_path / "c"
+    sides = zip(table().response_1, table().response_2, strict=True)
+    prompts, responses = table().prompts.to_list(), table().responses.to_pylist()
+    lines = [
+        {"user_id": "u", "prompt": prompts[at], "response_1": responses[a], "response_2": responses[b], "y": 1}
+        for at, (a, b) in enumerate(sides)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    model = ["--model", str(model_folder("opt")), "--pooling", "mean", "--device", "cpu"]
+    split = ["--split-by", "row", "--val", "0", "--test", "0"]
+    embed_it = ["embed", str(path), "--cache", str(cache), *model, *split, "--tokens", "all", "--dtype", "int8"]
+    planned = CliRunner().invoke(app, [*embed_it, "--plan"])
+    assert planned.exit_code == 0, planned.output
+    assert "for the states of single tokens" in planned.stdout
+    assert not cache.exists()
+    done = CliRunner().invoke(app, embed_it)
+    assert "lowest cosine to what was computed" in done.stdout
+    verified = CliRunner().invoke(app, ["cache", "verify", str(cache), "--reencode", "9", *model, "--json"])
+    assert verified.exit_code == 0, verified.output
+    assert json.loads(verified.stdout)["lowest_cosine"] > 0.998
+    other = CliRunner().invoke(app, ["cache", "verify", str(cache), "--reencode", "9", *model[:2]])
+    assert other.exit_code == 2
+    assert "they differ in pooling" in " ".join(other.output.split())
