@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import adapt, cache, demo, embed, evaluate, lint, suggest, train_head, users
+from . import adapt, cache, demo, embed, evaluate, import_vectors, lint, suggest, train_head, users
 from .failures import set_debug
 
 app = typer.Typer(
@@ -17,6 +17,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("embed")(embed.embed)
+app.command("import")(import_vectors.import_vectors)
 app.command("train-head")(train_head.train_head)
 app.command("evaluate")(evaluate.evaluate)
 app.command("adapt")(adapt.adapt)

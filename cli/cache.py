@@ -10,7 +10,17 @@ from palcache.configs import ComputeDtype, EmbedConfig
 
 from .display import print_json, print_table, progress
 from .failures import reports_errors
-from .options import CacheArgument, DeviceOption, JsonOption
+from .options import (
+    CacheArgument,
+    ChatTemplateOption,
+    DeviceOption,
+    EncoderOption,
+    JsonOption,
+    LayerOption,
+    PoolingOption,
+    PromptTemplateOption,
+    ResponseTemplateOption,
+)
 
 if TYPE_CHECKING:
     from palcache.cache import Cache
@@ -90,6 +100,7 @@ def _tables(cache: Cache) -> list[dict[str, Any]]:
                 "splits": {split: splits.count(split) for split in sorted(set(splits))},
                 "fingerprint": stored.fingerprint,
                 "spaces": [list(pair) for pair in stored.spaces],
+                "joint_spaces": list(stored.joint_spaces),
             }
         )
     return out
@@ -104,6 +115,12 @@ def verify(
     model: Annotated[str, typer.Option(help="The model for --reencode, as for palcache embed.")] = _EMBED.model,
     compute_dtype: Annotated[ComputeDtype, typer.Option(help="As for palcache embed.")] = _EMBED.compute_dtype,
     max_tokens: Annotated[int | None, typer.Option(help="As for palcache embed.", show_default=False)] = None,
+    encoder: EncoderOption = _EMBED.encoder,
+    pooling: PoolingOption = _EMBED.pooling,
+    layer: LayerOption = _EMBED.layer,
+    prompt_template: PromptTemplateOption = _EMBED.prompt_template,
+    response_template: ResponseTemplateOption = _EMBED.response_template,
+    chat_template: ChatTemplateOption = _EMBED.chat_template,
     device: DeviceOption = _EMBED.device,
     json_: JsonOption = False,
 ) -> None:
@@ -124,12 +141,14 @@ def verify(
         found = verify_cache(opened, on_shard=advance)
     compared, lowest, problems = 0, 1.0, found.problems
     if reencode:
-        from palcache.encoders.sentence import load_encoder
+        from palcache.encoders.choices import load_encoder
 
-        encoder = load_encoder(
-            EmbedConfig(model=model, compute_dtype=compute_dtype, max_tokens=max_tokens, device=device)
-        )
-        compared, lowest, differing = reencode_sample(opened, encoder, reencode)
+        config = EmbedConfig(
+            model=model, compute_dtype=compute_dtype, max_tokens=max_tokens, device=device, encoder=encoder,
+            pooling=pooling, layer=layer, prompt_template=prompt_template, response_template=response_template,
+            chat_template=chat_template,
+        )  # fmt: skip
+        compared, lowest, differing = reencode_sample(opened, load_encoder(config), reencode)
         problems += differing
     if json_:
         print_json(

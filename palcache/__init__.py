@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from palcache.configs import FitConfig as FitConfig
     from palcache.configs import HeadConfig as HeadConfig
     from palcache.configs import SplitConfig as SplitConfig
+    from palcache.encoders.choices import load_encoder as load_encoder
+    from palcache.encoders.hidden_states import HiddenStateEncoder as HiddenStateEncoder
     from palcache.encoders.sentence import SentenceEncoder as SentenceEncoder
-    from palcache.encoders.sentence import load_encoder as load_encoder
     from palcache.encoding import embed_comparisons as embed_comparisons
     from palcache.encoding import plan_embedding as plan_embedding
     from palcache.errors import PalcacheError as PalcacheError
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from palcache.evaluation import evaluate_head as evaluate_head
     from palcache.evaluation import predict_margins as predict_margins
     from palcache.heads import PalB as PalB
+    from palcache.imports import import_vectors as import_vectors
+    from palcache.joints import JointData as JointData
+    from palcache.joints import load_joint as load_joint
     from palcache.lints import lint_cache as lint_cache
     from palcache.run_users import list_users as list_users
     from palcache.run_users import suggest_run as suggest_run
@@ -38,6 +42,8 @@ if TYPE_CHECKING:
     from palcache.runs import evaluate_run as evaluate_run
     from palcache.runs import load_run as load_run
     from palcache.runs import train_run as train_run
+    from palcache.spans import comparison_spans as comparison_spans
+    from palcache.spans import divergence_spans as divergence_spans
     from palcache.splits import split_comparisons as split_comparisons
     from palcache.stages import embed_tables as embed_tables
     from palcache.tables import read_comparisons as read_comparisons
@@ -45,6 +51,8 @@ if TYPE_CHECKING:
     from palcache.tensors import load_preferences as load_preferences
     from palcache.training import FitResult as FitResult
     from palcache.training import fit as fit
+    from palcache.vectors import NamedVectors as NamedVectors
+    from palcache.vectors import read_vectors as read_vectors
     from palcache.verification import verify_cache as verify_cache
 
 _HOMES = {
@@ -56,6 +64,9 @@ _HOMES = {
     "FitConfig": "configs",
     "FitResult": "training",
     "HeadConfig": "configs",
+    "HiddenStateEncoder": "encoders.hidden_states",
+    "JointData": "joints",
+    "NamedVectors": "vectors",
     "PalB": "heads",
     "PalcacheError": "errors",
     "PreferenceData": "tensors",
@@ -65,20 +76,25 @@ _HOMES = {
     "SplitConfig": "configs",
     "TrainedHead": "checkpoints",
     "adapt_run": "adapted_runs",
+    "comparison_spans": "spans",
+    "divergence_spans": "spans",
     "embed_comparisons": "encoding",
     "embed_tables": "stages",
     "evaluate_head": "evaluation",
     "evaluate_run": "runs",
     "fit": "training",
+    "import_vectors": "imports",
     "lint_cache": "lints",
     "list_users": "run_users",
-    "load_encoder": "encoders.sentence",
+    "load_encoder": "encoders.choices",
     "load_head": "checkpoints",
+    "load_joint": "joints",
     "load_preferences": "tensors",
     "load_run": "runs",
     "plan_embedding": "encoding",
     "predict_margins": "evaluation",
     "read_comparisons": "tables",
+    "read_vectors": "vectors",
     "save_head": "checkpoints",
     "split_comparisons": "splits",
     "suggest_run": "run_users",

@@ -10,6 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, final
 
+import numpy.typing as npt
+import torch
+
 from palcache.claims import locked
 from palcache.comparison_files import StoredComparisons, read_stored, write_stored
 from palcache.errors import CacheError, InputError, MismatchError
@@ -18,7 +21,7 @@ from palcache.fingerprints import canonical_json, digest
 from palcache.shards import Shard
 from palcache.spaces import Space
 
-__all__ = ["MANIFEST", "Cache", "Space", "spaces_of"]
+__all__ = ["MANIFEST", "Cache", "Space", "joint_space_of", "spaces_of"]
 
 FORMAT: Final = "palcache"
 VERSION: Final = 1
@@ -82,6 +85,11 @@ class Cache:
         about: dict[str, Any] = self._specs[space_id]["about"]
         return about
 
+    def spec(self, space_id: str) -> Mapping[str, Any]:
+        """Return what identifies a space: everything that changes the meaning of a vector."""
+        spec: dict[str, Any] = self._specs[space_id]["spec"]
+        return spec
+
     def space(self, space_id: str) -> Space:
         """Open a space.
 
@@ -92,6 +100,15 @@ class Cache:
         if space_id not in self._specs:
             raise MismatchError(f"The cache {self.path} has no space {space_id}; it has {', '.join(self.space_ids)}.")
         return Space(self.path / "spaces" / space_id, space_id, self._specs[space_id]["spec"])
+
+    def tokens(
+        self, space_id: str, indices: npt.NDArray[Any] | torch.Tensor, *, device: str | torch.device = "cpu"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the kept token states of some rows of a space: (T, d) values and (n + 1,) offsets; see `Space.tokens`.
+
+        A space is opened anew by each call; a loop keeps the `Space`.
+        """
+        return self.space(space_id).tokens(indices, device=device)
 
     def shard_paths(self, space_id: str) -> list[Path]:
         """Return the sealed shards of a space, in order."""
@@ -160,7 +177,11 @@ class Cache:
             with contextlib.suppress(CacheError):  # a damaged table is replaced
                 before = read_stored(path)
                 if before.fingerprint == stored.fingerprint:
-                    stored = replace(stored, spaces=tuple(sorted({*stored.spaces, *before.spaces})))
+                    stored = replace(
+                        stored,
+                        spaces=tuple(sorted({*stored.spaces, *before.spaces})),
+                        joint_spaces=tuple(sorted({*stored.joint_spaces, *before.joint_spaces})),
+                    )
             write_stored(path, stored)
 
     def record(self, space_id: str, shard: Path, rows: int) -> None:
@@ -218,6 +239,32 @@ def _journal_line(space_id: str, shard: str, rows: int) -> bytes:
     return canonical_json({"rows": rows, "shard": shard, "space": space_id}) + b"\n"
 
 
+def joint_space_of(stored: StoredComparisons, choose: str | None, cache: Cache) -> str:
+    """Return the id of the space in which a table's prompts and responses are embedded together.
+
+    Args:
+        stored: the table.
+        choose: where it is embedded so by several encoders, a prefix of the space's id or the model's name.
+        cache: the cache that holds it.
+
+    Raises:
+        InputError: nothing or more than one thing fits.
+    """
+    found = [
+        space_id
+        for space_id in stored.joint_spaces
+        if choose is None or space_id.startswith(choose) or cache.about(space_id).get("model") == choose
+    ]
+    if len(found) != 1:
+        have = "; ".join(f"{cache.about(space_id).get('model')} = {space_id[:8]}" for space_id in stored.joint_spaces)
+        raise InputError(
+            f"The table {stored.name} is embedded by {len(stored.joint_spaces)} encoders jointly ({have or 'none'}) and "
+            f"{'--space ' + choose if choose else 'no --space'} fits {len(found)} of them; choose one with --space, or "
+            "embed with --items joint."
+        )
+    return found[0]
+
+
 def spaces_of(stored: StoredComparisons, choose: str | None, cache: Cache) -> tuple[str, str]:
     """Return the ids of the prompt and response spaces in which a table is embedded.
 
@@ -230,6 +277,11 @@ def spaces_of(stored: StoredComparisons, choose: str | None, cache: Cache) -> tu
         InputError: nothing or more than one thing fits.
     """
     pairs: Sequence[tuple[str, str]] = stored.spaces
+    if not pairs and stored.joint_spaces:
+        raise InputError(
+            f"The table {stored.name} holds joint items only, and vectors of prompts and responses by themselves are asked "
+            "for; run palcache embed on it with --items separate too."
+        )
     if choose is not None:
         pairs = [pair for pair in pairs if pair[0].startswith(choose) or cache.about(pair[0]).get("model") == choose]
     if len(pairs) != 1:

@@ -17,7 +17,11 @@ from palcache.errors import InputError
 Device = str
 """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
-StoredDtype = Literal["float16", "bfloat16", "float32"]
+StoredDtype = Literal["float16", "bfloat16", "float32", "int8"]
+EncoderKind = Literal["auto", "sentence", "hidden"]
+Pooling = Literal["auto", "last", "mean", "cls"]
+Items = Literal["separate", "joint"]
+TokenLevel = Literal["none", "responses", "all"]
 SplitBy = Literal["auto", "row", "pair", "prompt", "user", "column"]
 UnknownUsers = Literal["refuse", "generic", "drop"]
 
@@ -160,7 +164,7 @@ class EmbedConfig(Config):
     """How texts become vectors (stage 1).
 
     Attributes:
-        model: `minilm`, the id of a sentence-transformers model on the hub, or a folder.
+        model: `minilm`, the id of a model on the hub, or a folder.
         revision: branch, tag or commit of a hub model.
         trust_remote_code: let the model's repository run its own code.
         device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
@@ -168,7 +172,18 @@ class EmbedConfig(Config):
         dtype: type of the stored vectors.
         max_tokens: truncate texts to this many tokens; None keeps the model's own limit.
         token_budget: padded tokens per batch; None chooses by device.
-        shard_rows: rows per shard file.
+        shard_rows: rows per shard file; fewer where tokens are kept.
+        encoder: `sentence` (sentence-transformers), `hidden` (hidden states of any transformers model), or `auto`:
+            `sentence` where the model has a modules.json.
+        pooling: hidden states: state of the last token, mean over all, state of the first; `auto` is `last` for causal
+            models, else `mean`.
+        layer: hidden states: of which layer; 0 is the embeddings, -1 the last.
+        prompt_template: hidden states: what stands around a prompt, with `{text}` where it goes.
+        response_template: the same for a response.
+        chat_template: hidden states: write prompts, and joint items, by the tokenizer's chat template.
+        attn: hidden states: implementation of attention (`sdpa`, `eager`, `flash_attention_2`, ...); None is the model's.
+        items: `separate`: prompts and responses each by itself; `joint`: prompt + response in one forward pass.
+        tokens: hidden states: keep the state of every token of responses, or of all items.
     """
 
     model: str = "minilm"
@@ -180,6 +195,15 @@ class EmbedConfig(Config):
     max_tokens: int | None = None
     token_budget: int | None = None
     shard_rows: int = 32_768
+    encoder: EncoderKind = "auto"
+    pooling: Pooling = "auto"
+    layer: int = -1
+    prompt_template: str = "{text}"
+    response_template: str = "{text}"
+    chat_template: bool = False
+    attn: str | None = None
+    items: Items = "separate"
+    tokens: TokenLevel = "none"
 
     def __post_init__(self) -> None:
         require(bool(self.model), "Got an empty model; expected minilm, a hub id or a folder.")
@@ -187,6 +211,16 @@ class EmbedConfig(Config):
         for name in ("max_tokens", "token_budget"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"Got {name} = {value}; expected at least 1.")
+        for name in ("prompt_template", "response_template"):
+            value = getattr(self, name)
+            require(
+                value.count("{text}") == 1,
+                f"Got {name} = {value!r}; expected a text with {{text}} once, where the item goes.",
+            )
+        require(
+            not self.chat_template or self.prompt_template == self.response_template == "{text}",
+            "Got a chat template and a prompt or response template; expected one of the two: leave the other out.",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

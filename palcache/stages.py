@@ -60,7 +60,7 @@ def embed_tables(  # noqa: PLR0913 - keyword-only options
         comparisons = split_comparisons(comparisons, split)
     if encoder is None:
         with summary.timed("model"):
-            from palcache.encoders.sentence import load_encoder
+            from palcache.encoders.choices import load_encoder
 
             encoder = load_encoder(config)
     if plan:

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import final
 
+import numpy as np
+import numpy.typing as npt
+
 from palcache.encoders import Role
 
 
@@ -25,7 +28,9 @@ class EmbedSummary:
         truncated: texts longer than the model's limit.
         tokens: tokens of the encoded texts (estimated from a sample in a plan).
         padded: tokens computed, padding included.
-        new_bytes: bytes of vectors written.
+        new_bytes: bytes of shards written.
+        token_bytes: of these, bytes of token states; of a plan alone.
+        cosines: lowest cosine of stored vectors to what was computed, over a sample of the rows written, by role.
         seconds: wall time by stage: read, keys, tokenize, forward, write, total; tokenize runs beside forward.
         spaces: space id by role.
     """
@@ -39,6 +44,8 @@ class EmbedSummary:
     tokens: int = 0
     padded: int = 0
     new_bytes: int = 0
+    token_bytes: int = 0
+    cosines: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     spaces: dict[str, str] = field(default_factory=dict)
 
@@ -46,6 +53,11 @@ class EmbedSummary:
     def repeats_saved(self) -> int:
         """References that needed no encoding of their own."""
         return self.references - self.encoded
+
+    def add_cosines(self, role: Role, cosines: npt.NDArray[np.float32]) -> None:
+        """Note the lowest of some cosines for a role."""
+        if len(cosines):
+            self.cosines[role] = min(self.cosines.get(role, 1.0), float(cosines.min()))
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

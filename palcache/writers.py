@@ -8,53 +8,36 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, final
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import torch
 
 from palcache.batching import padded_tokens, plan_batches
-from palcache.cache import Cache, Space
+from palcache.cache import Cache
 from palcache.claims import Claim, adoptable, locked, make_claim, next_sequence, survey
 from palcache.configs import EmbedConfig
-from palcache.encoders import Encoder, Role, TokenizedTexts
+from palcache.encoders import Encoder, States, TokenizedTexts
 from palcache.errors import CacheError, ModelError, NumericsError
 from palcache.files import storage_errors
-from palcache.fingerprints import KEY_BYTES, Keys, canonical_json, hex_key
+from palcache.fingerprints import KEY_BYTES, canonical_json, hex_key
 from palcache.indexes import KeyIndex
 from palcache.layouts import ShardHeader, create_shard
-from palcache.numerics import UnfitRowError, to_stored
+from palcache.numerics import UnfitRowError
 from palcache.shards import FAILED, TRUNCATED, Shard, ShardWriter
 from palcache.summaries import EmbedProgress, EmbedSummary, OnProgress
+from palcache.works import Work
+
+__all__ = ["MAX_FAILURES", "WAIT_SECONDS", "SpaceWriter", "Work"]
 
 WAIT_SECONDS: Final = 0.5
 MAX_FAILURES: Final = 8
 """Texts that may fail in a row before the encoder has to show that it still works."""
 
 _Rows = npt.NDArray[np.int64]
-_Forward = Callable[[], torch.Tensor]
-
-
-@final
-@dataclass(frozen=True, slots=True, eq=False)
-class Work:
-    """The texts of one role that a space may lack.
-
-    Attributes:
-        role: prompt or response.
-        space: where they go, as it stood at the start.
-        texts: the distinct texts, (m,).
-        keys: their keys, (m, 16).
-    """
-
-    role: Role
-    space: Space
-    texts: pa.Array
-    keys: Keys
+_Forward = Callable[[], States]
 
 
 @final
@@ -126,8 +109,7 @@ class SpaceWriter:
         if claim is None:
             return None
         start = time.perf_counter()
-        texts = self.work.texts.take(pa.array(self.wanted.find(claim.keys))).to_pylist()
-        window = self.encoder.tokenize(texts, self.work.role)
+        window = self.work.tokenize(self.encoder, self.wanted.find(claim.keys))
         seconds = self.summary.seconds
         seconds["tokenize"] = seconds.get("tokenize", 0.0) + time.perf_counter() - start
         return claim, window
@@ -148,9 +130,10 @@ class SpaceWriter:
                 free = self.todo.copy()
                 taken = self.wanted.find(standing.live)
                 free[taken[taken >= 0]] = False
-                rows = np.flatnonzero(free)[: self.config.shard_rows]
+                rows = np.flatnonzero(free)
                 if not len(rows):
                     return None
+                rows = rows[: self.work.shard_size(rows, self.config.shard_rows)]
                 adopted = make_claim(folder, next_sequence(folder), self.work.keys[rows])
         self._held.append(adopted)
         return adopted
@@ -196,6 +179,7 @@ class SpaceWriter:
         path = claim.commit(writer.seal())
         self.cache.record(self.work.space.space_id, path, writer.header.rows)
         self.summary.new_bytes += path.stat().st_size
+        self.summary.add_cosines(self.work.role, Shard(path).cosines)
 
     def _open_shard(self, claim: Claim, window: TokenizedTexts) -> ShardWriter:
         """Go on with the shard that a dead writer began, if it had the same libraries and device; else create it."""
@@ -210,14 +194,22 @@ class SpaceWriter:
         header = ShardHeader(space.space_id, space.spec, len(claim.keys), space.width, space.dtype, versions)
         flags = np.where(window.truncated, TRUNCATED, 0).astype(np.uint8)
         with self.summary.timed("write"):
-            create_shard(claim.partial, header, claim.keys, window.n_tokens, flags)
+            create_shard(
+                claim.partial,
+                header,
+                claim.keys,
+                window.n_tokens,
+                flags,
+                prompt_tokens=window.prompt_tokens,
+                tokens=self.work.token_rows(window),
+            )
         return ShardWriter(claim.partial)
 
     def _forward_all(self, window: TokenizedTexts, batches: Iterable[_Rows]) -> Iterator[tuple[_Rows, _Forward]]:
         """Yield batches in order with what returns their vectors; several workers compute ahead where that pays."""
 
-        def forward(rows: _Rows) -> torch.Tensor:
-            return self.encoder.encode(window, rows, self.work.role)
+        def forward(rows: _Rows) -> States:
+            return self.work.encode(self.encoder, window, rows)
 
         workers = self.encoder.workers
         fitting = (part for rows in batches for part in self._fit(window, rows))
@@ -227,7 +219,7 @@ class SpaceWriter:
         threads = torch.get_num_threads()
         share = max(1, threads // workers)
         pool = ThreadPoolExecutor(workers, "palcache-forward", initializer=torch.set_num_threads, initargs=(share,))
-        ahead: deque[tuple[_Rows, Future[torch.Tensor]]] = deque()
+        ahead: deque[tuple[_Rows, Future[States]]] = deque()
         try:
             for rows in fitting:
                 ahead.append((rows, pool.submit(forward, rows)))
@@ -256,7 +248,7 @@ class SpaceWriter:
             self.budget = max(1, min(self.budget, padded_tokens(window.n_tokens, [rows]) // 2))
             _free_cached_memory()
         for half in np.array_split(rows, 2):
-            again = functools.partial(self.encoder.encode, window, half, self.work.role)
+            again = functools.partial(self.work.encode, self.encoder, window, half)
             self._encode_batch(writer, window, half, again)
 
     def _try_batch(
@@ -265,7 +257,7 @@ class SpaceWriter:
         """Encode and store a batch; return what the encoder raised, if anything."""
         try:
             with self.summary.timed("forward"):
-                stored, norms = to_stored(forward(), self.work.space.dtype)
+                stored, more = self.work.to_stored(forward(), window, rows)
         except UnfitRowError as error:
             row = int(rows[error.row])
             raise NumericsError(
@@ -275,7 +267,7 @@ class SpaceWriter:
         except Exception as error:
             return error.with_traceback(None)  # its frames hold the batch's tensors, and the next try needs the memory
         with self.summary.timed("write"):
-            writer.write(rows, stored, norms)
+            writer.write(rows, stored.values, stored.norms, more)
         self._failures, self._encoded = 0, (window, int(rows[0]))
         self.summary.encoded += len(rows)
         self._advance(len(rows), int(window.n_tokens[rows].sum()))
@@ -318,7 +310,7 @@ class SpaceWriter:
         """Encode a text that went well before, else the shortest: does the encoder fail on these texts, or on all?"""
         window, row = self._encoded or (window, int(window.n_tokens.argmin()))
         try:
-            self.encoder.encode(window, np.array([row]), self.work.role)
+            self.work.encode(self.encoder, window, np.array([row]))
         except Exception as error:
             raise ModelError(
                 f"The encoder failed on {self._failures} texts in a row, and on {_start(window.texts[row])} too "
