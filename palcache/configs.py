@@ -20,6 +20,7 @@ ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 StoredDtype = Literal["float16", "bfloat16", "float32"]
 SplitBy = Literal["auto", "row", "pair", "prompt", "user", "column"]
 UnknownUsers = Literal["refuse", "generic", "drop"]
+ExportFormat = Literal["safetensors", "parquet", "npy"]
 
 PROJECTOR = re.compile(
     r"identity|mlp(?P<hidden>\d+)-(?P<activation>relu|gelu|linear)-dropout(?P<dropout>\d+)"

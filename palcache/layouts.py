@@ -169,6 +169,16 @@ def open_shard(path: Path, *, shared: bool) -> tuple[ShardHeader, dict[str, Arra
     return header, arrays
 
 
+def dataset_places(path: Path) -> Mapping[str, tuple[int, np.dtype[Any], tuple[int, ...]]]:
+    """Return where in a sound shard each dataset's bytes begin, with its type and shape.
+
+    Raises:
+        CacheError: a dataset is not contiguous.
+    """
+    with h5py.File(path, "r", locking=False) as file:
+        return _find_datasets(file, path)
+
+
 def _find_datasets(file: Any, path: Path) -> _Places:
     """Return where in the file each dataset's bytes begin, with its type and shape."""
     places: _Places = {}

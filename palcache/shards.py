@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, final
@@ -72,6 +73,12 @@ class ShardWriter:
         self._arrays["norm"][rows] = norms
         self._arrays["done"][rows] = 1
 
+    def copy(self, to: Array, source: Mapping[str, Array], rows: Array) -> None:
+        """Store rows of another shard as the rows `to`, every dataset of them, byte for byte, and mark them done."""
+        for name in SUMMED:
+            self._arrays[name][to] = source[name][rows]
+        self._arrays["done"][to] = 1
+
     def fail(self, row: int) -> None:
         """Mark a row as one that could not be encoded; its vector is zero and it is never found by its key."""
         self._arrays[POOLED][row] = 0
@@ -95,12 +102,13 @@ class ShardWriter:
         if missing:
             raise CacheError(f"{self.path}: {missing} of {self.header.rows} rows are not done, so it cannot be sealed.")
         for name in SUMMED:
-            self._arrays[sum_name(name)][:] = _block_sums(self._arrays[name])
+            self._arrays[sum_name(name)][:] = block_sums(self._arrays[name])
         self._arrays["sealed"][0] = 1
         return shard_digest(self.path)
 
 
-def _block_sums(array: Array) -> npt.NDArray[np.uint64]:
+def block_sums(array: Array) -> npt.NDArray[np.uint64]:
+    """Return xxh3-64 of each `BLOCK_ROWS` rows of a dataset."""
     sums = [
         xxhash.xxh3_64_intdigest(np.ascontiguousarray(array[at : at + BLOCK_ROWS]).view(np.uint8).data)
         for at in range(0, len(array), BLOCK_ROWS)
@@ -140,6 +148,11 @@ class Shard:
         return self._arrays["key"]
 
     @property
+    def row_data(self) -> dict[str, Array]:
+        """Every dataset that holds something of each row, by name."""
+        return {name: self._arrays[name] for name in SUMMED}
+
+    @property
     def vectors(self) -> Array:
         """The stored vectors, (N, d); bfloat16 as its bits in uint16."""
         return self._arrays[POOLED]
@@ -165,7 +178,7 @@ class Shard:
             return []
         found = []
         for name in SUMMED:
-            bad = np.flatnonzero(_block_sums(self._arrays[name]) != self._arrays[sum_name(name)])
+            bad = np.flatnonzero(block_sums(self._arrays[name]) != self._arrays[sum_name(name)])
             for block in bad.tolist():
                 last = min((block + 1) * BLOCK_ROWS, self.header.rows)
                 found.append(Damage(self.path, name, (block * BLOCK_ROWS, last)))

@@ -21,6 +21,7 @@ from palcache.errors import CacheError, MismatchError, StorageError
 from palcache.fingerprints import Keys, digest, hex_key, text_keys
 from palcache.indexes import KeyIndex
 from palcache.shards import Shard
+from palcache.spaces import differing_fields
 
 MIN_COSINE: Final = {"float32": 0.99999, "float16": 0.9999, "bfloat16": 0.999}
 """Lowest cosine of a stored and a fresh vector, by the coarser of the stored and the computed type."""
@@ -141,7 +142,7 @@ def reencode_sample(cache: Cache, encoder: Encoder, count: int, *, seed: int = 0
     """
     generator = np.random.Generator(np.random.PCG64(seed))
     compared, lowest, problems = 0, 1.0, []
-    for space in _spaces_of(cache, encoder):
+    for space in map(cache.space, spaces_of_encoder(cache, encoder)):
         role: Role = "prompt" if space.role == "prompt" else "response"
         texts, keys = _texts(cache, space, role)
         if not len(texts):
@@ -169,19 +170,23 @@ def _encode(encoder: Encoder, texts: Sequence[str], role: Role) -> torch.Tensor:
     return out
 
 
-def _spaces_of(cache: Cache, encoder: Encoder) -> list[Space]:
-    wanted: tuple[Role, Role] = ("prompt", "response")
+def spaces_of_encoder(cache: Cache, encoder: Encoder) -> list[str]:
+    """Return the ids of the spaces that an encoder fills; no shard is opened.
+
+    Raises:
+        MismatchError: there is none; the message names the fields in which the encoder specs differ.
+    """
     found, differing = [], set()
     for space_id in cache.space_ids:
-        space = cache.space(space_id)
-        if space.role not in wanted:
+        stored = cache.spec(space_id)
+        if stored.get("role") not in {"prompt", "response"}:
             continue
-        role: Role = "prompt" if space.role == "prompt" else "response"
-        spec = full_spec(encoder, role, EmbedConfig(dtype=space.dtype))
+        role: Role = "prompt" if stored["role"] == "prompt" else "response"
+        spec = full_spec(encoder, role, EmbedConfig(dtype=stored["dtype"]))
         if digest(spec) == space_id:
-            found.append(space)
+            found.append(space_id)
         else:
-            differing |= {key for key in spec.keys() | space.spec.keys() if spec.get(key) != space.spec.get(key)}
+            differing |= set(differing_fields(spec, stored))
     if not found:
         raise MismatchError(
             f"No space of {cache.path} was written by the encoder {encoder.about.get('model')}: they differ in "

@@ -107,7 +107,7 @@ class StubEncoder:
         if text in self.nan_on:
             return np.full(self.width, np.nan, np.float32)
         digest = hashlib.shake_128(f"{self.identity}|{role}|{text}".encode()).digest(2 * self.width)
-        values = np.frombuffer(digest, "<i2").astype(np.float32) / 2**15 * self.scale
+        values = np.frombuffer(digest, "<i2").astype(np.float32) * np.float32(self.scale / 2**15)
         return values * np.float32(2e5) if text in self.huge_on else values
 
 
