@@ -78,9 +78,9 @@ def embed(
     A run always resumes: stop it at any moment and run the same command again. Several runs may share one cache: each
     encodes its own part. Under torchrun or srun, every process takes the device of its rank.
     """
+    from palcache.devices import parse_devices
     from palcache.errors import InputError
     from palcache.stages import embed_tables
-    from palcache.workers import parse_devices
 
     if ties not in {"refuse", "drop", "half"}:
         raise InputError(f"Got --ties {ties}; expected refuse, drop or half.")

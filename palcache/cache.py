@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
@@ -13,8 +12,9 @@ from typing import Any, Final, final
 
 from palcache.comparison_files import StoredComparisons, read_stored, write_stored
 from palcache.errors import CacheError, InputError, MismatchError, StorageError
-from palcache.files import read_json, storage_errors, sync_folder, write_bytes, write_json
-from palcache.fingerprints import canonical_json, digest
+from palcache.files import read_json, storage_errors, sync_folder, write_json
+from palcache.fingerprints import digest
+from palcache.journals import journal_line, read_journal, write_journal
 from palcache.locks import locked
 from palcache.shards import Shard
 from palcache.spaces import Space
@@ -196,7 +196,7 @@ class Cache:
             journal = self._journal().items()
             rows = {entry: count for entry, count in journal if not (entry[0] == space_id and entry[1] in gone)}
             rows |= {(space_id, path.name): count for path, count in added.items()}
-            self._write_journal(rows)
+            write_journal(self.path / "journal.jsonl", rows)
             for path in removed:
                 if path.name in gone:
                     path.unlink(missing_ok=True)
@@ -211,7 +211,10 @@ class Cache:
             if len(manifest["spaces"]) != len(specs):
                 write_json(self.path / MANIFEST, manifest)
             self._specs = manifest["spaces"]
-            self._write_journal({entry: rows for entry, rows in self._journal().items() if entry[0] in self._specs})
+            write_journal(
+                self.path / "journal.jsonl",
+                {entry: rows for entry, rows in self._journal().items() if entry[0] in self._specs},
+            )
             for folder in (self.path / "spaces").glob("*"):
                 if folder.name not in self._specs:
                     shutil.rmtree(folder)
@@ -237,20 +240,13 @@ class Cache:
             if (space_id, shard.name) in self._journal():
                 return
             with journal.open("ab") as file:
-                file.write(_journal_line(space_id, shard.name, rows))
+                file.write(journal_line(space_id, shard.name, rows))
                 file.flush()
                 os.fsync(file.fileno())
             sync_folder(self.path)
 
     def _journal(self) -> dict[tuple[str, str], int]:
-        """Return (space id, shard name) -> rows of every line of the journal that can be read."""
-        path = self.path / "journal.jsonl"
-        entries: dict[tuple[str, str], int] = {}
-        for line in path.read_bytes().splitlines() if path.is_file() else []:
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # cut short by a crash
-                entry = json.loads(line)
-                entries.setdefault((str(entry["space"]), str(entry["shard"])), int(entry["rows"]))
-        return entries
+        return read_journal(self.path / "journal.jsonl")
 
     def reconcile_journal(self) -> None:
         """Make the journal say what the folders hold, byte for byte; the folders win."""
@@ -263,14 +259,7 @@ class Cache:
                 if entry not in rows:
                     with contextlib.suppress(CacheError, StorageError):  # damaged: verify says so
                         rows[entry] = Shard(shard).header.rows
-            self._write_journal(rows)
-
-    def _write_journal(self, rows: Mapping[tuple[str, str], int]) -> None:
-        """Replace the journal where it says something else. Call under the cache's lock."""
-        path = self.path / "journal.jsonl"
-        content = b"".join(_journal_line(*entry, count) for entry, count in rows.items())
-        if content != (path.read_bytes() if path.is_file() else b""):
-            write_bytes(path, content)
+            write_journal(self.path / "journal.jsonl", rows)
 
     def journal_rows(self, space_id: str) -> dict[str, int]:
         """Return the journal's shards of a space: name -> rows."""
@@ -288,12 +277,8 @@ class Cache:
 def _is_foreign(path: Path) -> bool:
     """Return whether there is anything at `path` but what a writer leaves that was killed while it made a cache."""
     if not path.is_dir():
-        return path.exists()
+        return path.exists() and not path.is_dir()  # it may be made this moment, by another writer
     return any(entry.name != ".lock" and not entry.match(f".{MANIFEST}.*.tmp") for entry in path.iterdir())
-
-
-def _journal_line(space_id: str, shard: str, rows: int) -> bytes:
-    return canonical_json({"rows": rows, "shard": shard, "space": space_id}) + b"\n"
 
 
 def spaces_of(stored: StoredComparisons, choose: str | None, cache: Cache) -> tuple[str, str]:

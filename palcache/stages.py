@@ -11,13 +11,14 @@ from typing import Any
 from palcache.cache import MANIFEST, Cache
 from palcache.comparisons import Comparisons, Ties
 from palcache.configs import EmbedConfig, SplitConfig
+from palcache.crews import embed_with_workers
 from palcache.encoders import Encoder
 from palcache.encoding import EmbedSummary, OnProgress, embed_comparisons, plan_embedding
 from palcache.errors import InputError
 from palcache.ranks import find_rank
 from palcache.splits import split_comparisons
 from palcache.tables import read_comparisons
-from palcache.workers import MakeEncoder, embed_with_workers
+from palcache.workers import MakeEncoder
 
 
 def embed_tables(  # noqa: PLR0913 - keyword-only options
