@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from palcache.checkpoints import TrainedHead as TrainedHead
     from palcache.checkpoints import load_head as load_head
     from palcache.checkpoints import save_head as save_head
+    from palcache.compactions import compact_cache as compact_cache
     from palcache.comparisons import Comparisons as Comparisons
     from palcache.configs import EmbedConfig as EmbedConfig
     from palcache.configs import FitConfig as FitConfig
@@ -28,7 +29,10 @@ if TYPE_CHECKING:
     from palcache.evaluation import Evaluation as Evaluation
     from palcache.evaluation import evaluate_head as evaluate_head
     from palcache.evaluation import predict_margins as predict_margins
+    from palcache.exports import export_cache as export_cache
     from palcache.heads import PalB as PalB
+    from palcache.merges import merge_caches as merge_caches
+    from palcache.repairs import repair_cache as repair_cache
     from palcache.runs import RunResult as RunResult
     from palcache.runs import evaluate_run as evaluate_run
     from palcache.runs import load_run as load_run
@@ -58,18 +62,22 @@ _HOMES = {
     "Space": "cache",
     "SplitConfig": "configs",
     "TrainedHead": "checkpoints",
+    "compact_cache": "compactions",
     "embed_comparisons": "encoding",
     "embed_tables": "stages",
     "evaluate_head": "evaluation",
     "evaluate_run": "runs",
+    "export_cache": "exports",
     "fit": "training",
     "load_encoder": "encoders.sentence",
     "load_head": "checkpoints",
     "load_preferences": "tensors",
     "load_run": "runs",
+    "merge_caches": "merges",
     "plan_embedding": "encoding",
     "predict_margins": "evaluation",
     "read_comparisons": "tables",
+    "repair_cache": "repairs",
     "save_head": "checkpoints",
     "split_comparisons": "splits",
     "train_run": "runs",
