@@ -67,6 +67,10 @@ def embed(
         Literal["refuse", "drop", "half"], typer.Option(help="y = 0: refuse, drop, or half (both count one half).")
     ] = "refuse",
     device: DeviceOption = _EMBED.device,
+    devices: Annotated[
+        str | None,
+        typer.Option(help="A worker process for each: cuda:0,cuda:1, or cpu:2 for two on the CPU.", show_default=False),
+    ] = None,
     compute_dtype: Annotated[
         ComputeDtype, typer.Option(help="Type of the forward pass; auto: bfloat16 on CUDA, float32 elsewhere.")
     ] = _EMBED.compute_dtype,
@@ -96,10 +100,15 @@ def embed(
 ) -> None:
     """Encode every distinct prompt and response of comparison tables into a cache.
 
-    A run always resumes: stop it at any moment and run the same command again.
+    A run always resumes: stop it at any moment and run the same command again. Several runs may share one cache: each
+    encodes its own part. Under torchrun or srun, every process takes the device of its rank.
     """
+    from palcache.devices import parse_devices
+    from palcache.errors import InputError
     from palcache.stages import embed_tables
 
+    if devices is not None and device != _EMBED.device:
+        raise InputError(f"Got --device {device} and --devices {devices}; give one of them.")
     config = EmbedConfig(
         model=model,
         revision=revision,
@@ -126,6 +135,7 @@ def embed(
         "split": SplitConfig(by=split_by, val=val, test=test, seed=seed),
         "columns": parse_pairs(map_, "--map"),
         "ties": parse_ties(ties),
+        "devices": parse_devices(devices) if devices is not None else (),
     }
     if plan:
         summary = embed_tables(tables, cache, plan=True, **options)
@@ -152,7 +162,10 @@ def parse_ties(ties: str) -> Ties:
 def report_summary(summary: EmbedSummary, cache: Path, *, plan: bool, json_: bool) -> None:
     """Print what was done, or with `plan` would be done."""
     if json_:
-        print_json({**asdict(summary), "repeats_saved": summary.repeats_saved, "plan": plan})
+        print_json(
+            {**asdict(summary), "repeats_saved": summary.repeats_saved,
+                    "idle_share": summary.idle_share, "plan": plan}
+        )  # fmt: skip
     else:
         _print_summary(summary, cache, plan=plan)
 
@@ -191,6 +204,10 @@ def _print_summary(summary: EmbedSummary, cache: Path, *, plan: bool) -> None:
     if summary.cosines:
         lowest = ", ".join(f"{role}s {cosine:.6f}" for role, cosine in summary.cosines.items())
         lines.append(f"  stored   lowest cosine to what was computed, on a sample: {lowest}")
+    if summary.workers > 1:
+        lines[-1] += f" (sums over {summary.workers} workers, except total)"
+    if summary.idle_share is not None:
+        lines.append(f"  idle     the device waited {summary.idle_share:.0%} of the time of encoding")
     if summary.failed:
         lines.append(
             f"  failed   {summary.failed:,} texts; see failed.jsonl in the space's folder, and embed again to retry"

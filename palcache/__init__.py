@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from palcache.checkpoints import TrainedHead as TrainedHead
     from palcache.checkpoints import load_head as load_head
     from palcache.checkpoints import save_head as save_head
+    from palcache.compactions import compact_cache as compact_cache
     from palcache.comparisons import Comparisons as Comparisons
     from palcache.configs import EmbedConfig as EmbedConfig
     from palcache.configs import FitConfig as FitConfig
@@ -31,11 +32,14 @@ if TYPE_CHECKING:
     from palcache.evaluation import Evaluation as Evaluation
     from palcache.evaluation import evaluate_head as evaluate_head
     from palcache.evaluation import predict_margins as predict_margins
+    from palcache.exports import export_cache as export_cache
     from palcache.heads import PalB as PalB
     from palcache.imports import import_vectors as import_vectors
     from palcache.joints import JointData as JointData
     from palcache.joints import load_joint as load_joint
     from palcache.lints import lint_cache as lint_cache
+    from palcache.merges import merge_caches as merge_caches
+    from palcache.repairs import repair_cache as repair_cache
     from palcache.run_users import list_users as list_users
     from palcache.run_users import suggest_run as suggest_run
     from palcache.runs import RunResult as RunResult
@@ -76,12 +80,14 @@ _HOMES = {
     "SplitConfig": "configs",
     "TrainedHead": "checkpoints",
     "adapt_run": "adapted_runs",
+    "compact_cache": "compactions",
     "comparison_spans": "spans",
     "divergence_spans": "spans",
     "embed_comparisons": "encoding",
     "embed_tables": "stages",
     "evaluate_head": "evaluation",
     "evaluate_run": "runs",
+    "export_cache": "exports",
     "fit": "training",
     "import_vectors": "imports",
     "lint_cache": "lints",
@@ -91,10 +97,12 @@ _HOMES = {
     "load_joint": "joints",
     "load_preferences": "tensors",
     "load_run": "runs",
+    "merge_caches": "merges",
     "plan_embedding": "encoding",
     "predict_margins": "evaluation",
     "read_comparisons": "tables",
     "read_vectors": "vectors",
+    "repair_cache": "repairs",
     "save_head": "checkpoints",
     "split_comparisons": "splits",
     "suggest_run": "run_users",

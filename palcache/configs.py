@@ -24,6 +24,7 @@ Items = Literal["separate", "joint"]
 TokenLevel = Literal["none", "responses", "all"]
 SplitBy = Literal["auto", "row", "pair", "prompt", "user", "column"]
 UnknownUsers = Literal["refuse", "generic", "drop"]
+ExportFormat = Literal["safetensors", "parquet", "npy"]
 
 PROJECTOR = re.compile(
     r"identity|mlp(?P<hidden>\d+)-(?P<activation>relu|gelu|linear)-dropout(?P<dropout>\d+)"

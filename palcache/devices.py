@@ -37,6 +37,29 @@ def resolve_device(device: str) -> torch.device:
     return found
 
 
+def parse_devices(text: str) -> list[str]:
+    """Return the devices in `cuda:0,cuda:1` or `cpu:2`, one per worker: `cpu:2` stands for two workers on the CPU.
+
+    Raises:
+        InputError: the list is empty, names a device twice, or one that is not on this machine.
+    """
+    devices: list[str] = []
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        kind, _, count = part.partition(":")
+        if kind == "cpu" and count:
+            if not count.isdigit() or int(count) < 1:
+                raise InputError(f"Got --devices {part}; expected cpu:N with N workers of at least 1.")
+            devices += ["cpu"] * int(count)
+        else:
+            devices.append(str(resolve_device(part)))
+    if not devices:
+        raise InputError(f"Got --devices {text!r}; expected devices such as cuda:0,cuda:1 or cpu:2.")
+    twice = sorted({device for device in devices if device != "cpu" and devices.count(device) > 1})
+    if twice:
+        raise InputError(f"Got --devices {text} with {', '.join(twice)} twice; name each GPU once.")
+    return devices
+
+
 def free_memory(device: torch.device) -> int:
     """Return the bytes that can be taken on a device now: free GPU memory, or what system and limits leave to a process."""
     if device.type == "cuda":

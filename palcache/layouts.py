@@ -235,11 +235,7 @@ def open_shard(path: Path, *, shared: bool) -> tuple[ShardHeader, dict[str, Arra
     """
     try:
         with h5py.File(path, "r", locking=False) as file:
-            header = _read_header(file, path)
-            shapes = _shapes(header, int(file[TOKENS].shape[0]) if "tokens" in header.spec else None)
-            if COSINE not in file:  # optional
-                shapes = {name: expected for name, expected in shapes.items() if name not in {COSINE, sum_name(COSINE)}}
-            places = {name: _find_dataset(file, path, name, *expected) for name, expected in shapes.items()}
+            header, places = _read_places(file, path)
         arrays = _map_datasets(path, places, shared=shared)
     except CacheError:
         raise
@@ -250,6 +246,25 @@ def open_shard(path: Path, *, shared: bool) -> tuple[ShardHeader, dict[str, Arra
             f"{path} cannot be read as a palcache shard ({error}); it is damaged or cut short: {_AGAIN}."
         ) from error
     return header, arrays
+
+
+def dataset_places(path: Path) -> Mapping[str, _Place]:
+    """Return where in a sound shard each dataset's bytes begin, with its type and shape.
+
+    Raises:
+        CacheError: a dataset is not what the header says, or is not contiguous.
+    """
+    with h5py.File(path, "r", locking=False) as file:
+        return _read_places(file, path)[1]
+
+
+def _read_places(file: Any, path: Path) -> tuple[ShardHeader, dict[str, _Place]]:
+    """Return what a shard says of itself, and where its datasets lie."""
+    header = _read_header(file, path)
+    shapes = _shapes(header, int(file[TOKENS].shape[0]) if "tokens" in header.spec else None)
+    if COSINE not in file:  # optional
+        shapes = {name: expected for name, expected in shapes.items() if name not in {COSINE, sum_name(COSINE)}}
+    return header, {name: _find_dataset(file, path, name, *expected) for name, expected in shapes.items()}
 
 
 def _find_dataset(file: Any, path: Path, name: str, dtype: str, shape: tuple[int, ...]) -> _Place:

@@ -31,6 +31,8 @@ TRUNCATED: Final = 1
 FAILED: Final = 2
 """Bits of `/flags`: the text was longer than the model's limit; the text could not be encoded, its row is zero."""
 _PER_TOKEN: Final = (TOKENS, SCALES[TOKENS])
+_RAGGED: Final = (*_PER_TOKEN, "tok/ids")
+"""Datasets with a row per kept token; the ids are known when a shard is created."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,26 +90,29 @@ class ShardWriter:
         self._arrays["norm"][rows] = norms
         for name, values in (more or {}).items():
             if name == COSINE:
-                at, within = self._sample(rows)
+                at, within = _sample(self.header.rows, rows)
                 self._arrays[COSINE][at] = values[within]
             else:
-                self._arrays[name][self._token_places(rows) if name in _PER_TOKEN else rows] = values
+                self._arrays[name][_token_places(self._arrays["tok/offsets"], rows) if name in _PER_TOKEN else rows] = (
+                    values
+                )
         self._arrays["done"][rows] = 1
 
-    def _sample(self, rows: Array) -> tuple[Array, Array]:
-        """Return where in the sample some rows stand, and which of them these are."""
-        sample = sampled_rows(self.header.rows)
-        at = np.minimum(np.searchsorted(sample, rows), len(sample) - 1)
-        within = sample[at] == rows
-        return at[within], within
+    def copy(self, to: Array, source: Mapping[str, Array], rows: Array) -> None:
+        """Store rows of another shard as the rows `to`, every dataset of them, byte for byte, and mark them done.
 
-    def _token_places(self, rows: Array) -> Array:
-        """Return the numbers of the kept tokens of some rows, row after row, (t,)."""
-        offsets = self._arrays["tok/offsets"]
-        starts, lengths = offsets[rows], offsets[rows + 1] - offsets[rows]
-        begins = np.concatenate([[0], np.cumsum(lengths)])[:-1]
-        places: Array = np.arange(int(lengths.sum())) + np.repeat(starts - begins, lengths)
-        return places
+        The shard was created for as many kept tokens. Of the cosines those are known that the other shard's sample has.
+        """
+        for name in summed_in(self._arrays):
+            if name == COSINE:
+                at, within = _sample(self.header.rows, to)
+                self._arrays[COSINE][at] = _known_cosines(source, rows[within])
+            elif name in _RAGGED:
+                places = _token_places(self._arrays["tok/offsets"], to)
+                self._arrays[name][places] = source[name][_token_places(source["tok/offsets"], rows)]
+            elif name != "tok/offsets":
+                self._arrays[name][to] = source[name][rows]
+        self._arrays["done"][to] = 1
 
     def fail(self, row: int) -> None:
         """Mark a row as one that could not be encoded; its vector is zero and it is never found by its key."""
@@ -115,9 +120,9 @@ class ShardWriter:
             if name in self._arrays:
                 self._arrays[name][row] = 0
         for name in (name for name in _PER_TOKEN if name in self._arrays):
-            self._arrays[name][self._token_places(np.array([row]))] = 0
+            self._arrays[name][_token_places(self._arrays["tok/offsets"], np.array([row]))] = 0
         if COSINE in self._arrays:
-            self._arrays[COSINE][self._sample(np.array([row]))[0]] = np.nan
+            self._arrays[COSINE][_sample(self.header.rows, np.array([row]))[0]] = np.nan
         self._arrays["flags"][row] |= FAILED
         self._arrays["done"][row] = 1
 
@@ -141,12 +146,38 @@ class ShardWriter:
         if missing:
             raise CacheError(f"{self.path}: {missing} of {self.header.rows} rows are not done, so it cannot be sealed.")
         for name in summed_in(self._arrays):
-            self._arrays[sum_name(name)][:] = _block_sums(self._arrays[name])
+            self._arrays[sum_name(name)][:] = block_sums(self._arrays[name])
         self._arrays["sealed"][0] = 1
         return shard_digest(self.path)
 
 
-def _block_sums(array: Array) -> npt.NDArray[np.uint64]:
+def _sample(total: int, rows: Array) -> tuple[Array, Array]:
+    """Return where in the sample of a shard of `total` rows some rows stand, and which of them these are."""
+    sample = sampled_rows(total)
+    at = np.minimum(np.searchsorted(sample, rows), len(sample) - 1)
+    within = sample[at] == rows
+    return at[within], within
+
+
+def _known_cosines(arrays: Mapping[str, Array], rows: Array) -> npt.NDArray[np.float32]:
+    """Return the cosines of some rows of a shard, (m,); NaN outside its sample."""
+    found = np.full(len(rows), np.nan, np.float32)
+    if COSINE in arrays:
+        at, within = _sample(len(arrays["key"]), rows)
+        found[within] = arrays[COSINE][at]
+    return found
+
+
+def _token_places(offsets: Array, rows: Array) -> Array:
+    """Return the numbers of the kept tokens of some rows, row after row, (t,)."""
+    starts, lengths = offsets[rows], offsets[rows + 1] - offsets[rows]
+    begins = np.concatenate([[0], np.cumsum(lengths)])[:-1]
+    places: Array = np.arange(int(lengths.sum())) + np.repeat(starts - begins, lengths)
+    return places
+
+
+def block_sums(array: Array) -> npt.NDArray[np.uint64]:
+    """Return xxh3-64 of each `BLOCK_ROWS` rows of a dataset."""
     sums = [
         xxhash.xxh3_64_intdigest(np.ascontiguousarray(array[at : at + BLOCK_ROWS]).view(np.uint8).data)
         for at in range(0, len(array), BLOCK_ROWS)
@@ -184,6 +215,11 @@ class Shard:
     def keys(self) -> Keys:
         """The row keys, (N, 16)."""
         return self._arrays["key"]
+
+    @property
+    def row_data(self) -> dict[str, Array]:
+        """Every dataset that holds something of each row, by name."""
+        return {name: self._arrays[name] for name in summed_in(self._arrays)}
 
     @property
     def vectors(self) -> Array:
@@ -227,7 +263,7 @@ class Shard:
             return []
         found = []
         for name in (name for name in summed_in(self._arrays) if sum_name(name) in self._arrays):
-            bad = np.flatnonzero(_block_sums(self._arrays[name]) != self._arrays[sum_name(name)])
+            bad = np.flatnonzero(block_sums(self._arrays[name]) != self._arrays[sum_name(name)])
             for block in bad.tolist():
                 last = min((block + 1) * BLOCK_ROWS, len(self._arrays[name]))
                 found.append(Damage(self.path, name, (block * BLOCK_ROWS, last)))

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from palcache.configs import StoredDtype
-from palcache.errors import CacheError
+from palcache.errors import CacheError, StorageError
 from palcache.fingerprints import KEY_BYTES, Keys
 from palcache.indexes import KeyIndex
 from palcache.layouts import POOLED, PROMPT, SCALES, TOKENS
@@ -45,10 +45,14 @@ class Space:
 
     def __init__(self, folder: Path, space_id: str, spec: Mapping[str, Any]) -> None:
         self.folder, self.space_id, self.spec = folder, space_id, spec
-        self.shards = [Shard(path) for path in sorted(self.shard_folder.glob("*.h5"))]
+        self.shards = _open_shards(self.shard_folder)
         for shard in self.shards:
             if shard.header.space_id != space_id:
-                raise CacheError(f"{shard.path} belongs to the space {shard.header.space_id}, not to {space_id}.")
+                fields = differing_fields(shard.header.spec, spec)
+                raise CacheError(
+                    f"{shard.path} belongs to the space {shard.header.space_id}, not to {space_id}: their encoder specs "
+                    f"differ in {', '.join(fields) or 'nothing else'}; move the file back, or delete it and embed again."
+                )
         self._bases = np.cumsum([0, *(shard.header.rows for shard in self.shards)])
         self._tensors: dict[str, list[torch.Tensor]] = {}
 
@@ -235,6 +239,22 @@ class Space:
     def norms(self) -> npt.NDArray[np.float32]:
         """Return the Euclidean norms of all vectors before they were stored, (N,)."""
         return np.concatenate([*(shard.norms for shard in self.shards), np.empty(0, np.float32)])
+
+
+def differing_fields(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """Return the names of the fields in which two encoder specs differ, sorted."""
+    return sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
+
+
+def _open_shards(folder: Path) -> list[Shard]:
+    """Open the sealed shards of a folder; looks again where the cache was compacted between the listing and the opening."""
+    while True:
+        paths = sorted(folder.glob("*.h5"))
+        try:
+            return [Shard(path) for path in paths]
+        except StorageError:
+            if all(path.exists() for path in paths):
+                raise
 
 
 def _as_tensor(array: npt.NDArray[Any], dtype: StoredDtype) -> torch.Tensor:

@@ -31,7 +31,10 @@ class EmbedSummary:
         new_bytes: bytes of shards written.
         token_bytes: of these, bytes of token states; of a plan alone.
         cosines: lowest cosine of stored vectors to what was computed, over a sample of the rows written, by role.
-        seconds: wall time by stage: read, keys, tokenize, forward, write, total; tokenize runs beside forward.
+        seconds: wall time by stage: read, model, keys, encode, total; inside encode: tokenize (beside the rest), wait (for
+            tokenised texts), forward (for vectors), write, others (for other writers), and device (computing, beside the
+            rest). Of several workers the sums, except for total.
+        workers: processes that encoded.
         spaces: space id by role.
     """
 
@@ -48,6 +51,18 @@ class EmbedSummary:
     cosines: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     spaces: dict[str, str] = field(default_factory=dict)
+    workers: int = 1
+
+    @property
+    def idle_share(self) -> float | None:
+        """Share of the time of encoding in which the device computed nothing; None where nothing was encoded.
+
+        Time spent waiting for other writers is left out. On a CPU, preparing a batch counts as computing.
+        """
+        at_work = self.seconds.get("encode", 0.0) - self.seconds.get("others", 0.0)
+        if not self.encoded or at_work <= 0:
+            return None
+        return min(1.0, max(0.0, 1.0 - self.seconds.get("device", 0.0) / at_work))
 
     @property
     def repeats_saved(self) -> int:
@@ -66,7 +81,20 @@ class EmbedSummary:
         try:
             yield
         finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+            self.add_seconds(stage, time.perf_counter() - start)
+
+    def add_seconds(self, stage: str, seconds: float) -> None:
+        """Add wall time to a stage."""
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+    def add_work(self, other: EmbedSummary) -> None:
+        """Add what another process encoded."""
+        for name in ("encoded", "failed", "truncated", "tokens", "padded", "new_bytes"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for stage, seconds in other.seconds.items():
+            self.add_seconds(stage, seconds)
+        for role, cosine in other.cosines.items():
+            self.cosines[role] = min(self.cosines.get(role, 1.0), cosine)
 
 
 @final

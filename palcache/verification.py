@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, final
+from typing import Any, Final, final
 
 import numpy as np
 import pyarrow as pa
@@ -132,8 +132,8 @@ def reencode_sample(cache: Cache, encoder: Encoder, count: int, *, seed: int = 0
     """
     generator = np.random.Generator(np.random.PCG64(seed))
     compared, lowest, problems = 0, 1.0, []
-    for space in _spaces_of(cache, encoder):
-        role = _role(space)
+    for space in map(cache.space, spaces_of_encoder(cache, encoder)):
+        role = role_of(space.spec)
         texts, prompts, keys = _joint_texts(cache, space) if role == "joint" else _texts(cache, space, role)
         if not len(texts):
             continue
@@ -151,9 +151,10 @@ def reencode_sample(cache: Cache, encoder: Encoder, count: int, *, seed: int = 0
     return compared, lowest, tuple(problems)
 
 
-def _role(space: Space) -> Role:
+def role_of(spec: Mapping[str, Any]) -> Role:
+    """Return the role of a space that an encoder fills."""
     roles: dict[str, Role] = {"prompt": "prompt", "response": "response", "joint": "joint"}
-    return roles[space.role]
+    return roles[spec["role"]]
 
 
 def _encode(encoder: Encoder, role: Role, window: TokenizedTexts) -> torch.Tensor:
@@ -164,20 +165,25 @@ def _encode(encoder: Encoder, role: Role, window: TokenizedTexts) -> torch.Tenso
     return out
 
 
-def _spaces_of(cache: Cache, encoder: Encoder) -> list[Space]:
+def spaces_of_encoder(cache: Cache, encoder: Encoder) -> list[str]:
+    """Return the ids of the spaces that an encoder fills; no shard is opened.
+
+    Raises:
+        MismatchError: there is none; the message names the fields in which the encoder specs differ.
+    """
     found, differing = [], set()
     for space_id in cache.space_ids:
-        space = cache.space(space_id)
-        if space.role not in {"prompt", "response", "joint"}:
+        stored = cache.spec(space_id)
+        if stored.get("role") not in {"prompt", "response", "joint"}:
             continue
-        if space.role == "joint" and not isinstance(encoder, StateEncoder):
+        if stored["role"] == "joint" and not isinstance(encoder, StateEncoder):
             differing.add("encoder")
             continue
-        spec = full_spec(encoder, _role(space), config_of(space.spec))
+        spec = full_spec(encoder, role_of(stored), config_of(stored))
         if digest(spec) == space_id:
-            found.append(space)
+            found.append(space_id)
         else:
-            differing.update(differing_fields(spec, space.spec))
+            differing.update(differing_fields(spec, stored))
     if not found:
         raise MismatchError(
             f"No space of {cache.path} was written by the encoder {encoder.about.get('model')}: they differ in "

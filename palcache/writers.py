@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, final
@@ -17,14 +15,16 @@ import torch
 
 from palcache.batching import padded_tokens, plan_batches
 from palcache.cache import Cache
-from palcache.claims import Claim, adoptable, locked, make_claim, next_sequence, survey
+from palcache.claims import Claim, adoptable, make_claim, next_sequence, survey
 from palcache.configs import EmbedConfig
-from palcache.encoders import Encoder, States, TokenizedTexts
+from palcache.encoders import Encoder, TokenizedTexts
 from palcache.errors import CacheError, ModelError, NumericsError
 from palcache.files import storage_errors
 from palcache.fingerprints import KEY_BYTES, canonical_json, hex_key
+from palcache.forwards import Forward, Forwards, Rows
 from palcache.indexes import KeyIndex
 from palcache.layouts import ShardHeader, create_shard
+from palcache.locks import locked
 from palcache.numerics import UnfitRowError
 from palcache.shards import FAILED, TRUNCATED, Shard, ShardWriter
 from palcache.summaries import EmbedProgress, EmbedSummary, OnProgress
@@ -35,9 +35,6 @@ __all__ = ["MAX_FAILURES", "WAIT_SECONDS", "SpaceWriter", "Work"]
 WAIT_SECONDS: Final = 0.5
 MAX_FAILURES: Final = 8
 """Texts that may fail in a row before the encoder has to show that it still works."""
-
-_Rows = npt.NDArray[np.int64]
-_Forward = Callable[[], States]
 
 
 @final
@@ -67,6 +64,7 @@ class SpaceWriter:
         self.wanted = KeyIndex.build(work.keys)
         self.todo = np.ones(len(work.keys), bool)  # neither sealed nor claimed by a living writer
         self.budget = config.token_budget or encoder.token_budget
+        self.forwards = Forwards(functools.partial(work.encode, encoder), encoder.workers)
         self._sealed: set[str] | None = None
         self._held: list[Claim] = []
         self._failures = 0  # texts in a row
@@ -76,32 +74,49 @@ class SpaceWriter:
         self._known_tokens = self._known_texts = 0
         self._started = time.perf_counter()
 
-    def run(self) -> None:
-        """Encode until every wanted key is in a sealed shard, by this writer or another.
+    def run(self, *, wait: bool = True) -> bool:
+        """Encode until every wanted key is in a sealed shard, by this writer or another, and return True.
+
+        Args:
+            wait: for shards that other writers work on; otherwise return False where only those are left.
 
         Raises:
             ModelError: the encoder fails on text after text.
             NumericsError: a vector is not finite or does not fit the stored type.
             StorageError: the disk is full or read-only.
         """
-        with ThreadPoolExecutor(1, thread_name_prefix="palcache-tokenize") as ahead:
+        with self.summary.timed("encode"), ThreadPoolExecutor(1, thread_name_prefix="palcache-tokenize") as ahead:
+            busy = self.forwards.clock.seconds
             try:
-                upcoming: Future[tuple[Claim, TokenizedTexts] | None] = ahead.submit(self._next)
-                while True:
-                    current = upcoming.result()
-                    if current is None:
-                        if self._all_sealed():
-                            return
-                        self._report(waiting=True)
-                        time.sleep(WAIT_SECONDS)
-                        upcoming = ahead.submit(self._next)
-                        continue
-                    upcoming = ahead.submit(self._next)
-                    self._encode_shard(*current)
+                return self._run(ahead, wait=wait)
             finally:
                 ahead.shutdown(wait=True, cancel_futures=True)
                 for claim in self._held:
                     claim.release()
+                self.summary.add_seconds("device", self.forwards.clock.seconds - busy)
+
+    def _run(self, ahead: ThreadPoolExecutor, *, wait: bool) -> bool:
+        upcoming: Future[tuple[Claim, TokenizedTexts] | None] = ahead.submit(self._next)
+        while True:
+            with self.summary.timed("wait"):
+                current = upcoming.result()
+            if current is not None:
+                upcoming = ahead.submit(self._next)
+                self._encode_shard(*current)
+                continue
+            if self._all_sealed():
+                return True
+            if not wait:
+                return False
+            self._report(waiting=True)
+            with self.summary.timed("others"):
+                time.sleep(WAIT_SECONDS)
+            upcoming = ahead.submit(self._next)
+
+    @property
+    def missing(self) -> int:
+        """Texts that the space lacked when it was opened."""
+        return self._texts_total
 
     def _next(self) -> tuple[Claim, TokenizedTexts] | None:
         """Claim and tokenise the next shard; None when nothing is left to claim."""
@@ -110,8 +125,7 @@ class SpaceWriter:
             return None
         start = time.perf_counter()
         window = self.work.tokenize(self.encoder, self.wanted.find(claim.keys))
-        seconds = self.summary.seconds
-        seconds["tokenize"] = seconds.get("tokenize", 0.0) + time.perf_counter() - start
+        self.summary.add_seconds("tokenize", time.perf_counter() - start)
         return claim, window
 
     def _claim(self) -> Claim | None:
@@ -163,7 +177,8 @@ class SpaceWriter:
         planned = plan_batches(window.n_tokens, self.budget, equal_lengths=self.encoder.equal_lengths)
         batches = [rows for rows in planned if waiting[rows].any()]
         self.summary.padded += padded_tokens(window.n_tokens, batches)
-        for rows, forward in self._forward_all(window, batches):
+        fitting = (part for rows in batches for part in self._fit(window, rows))
+        for rows, forward in self.forwards.all(window, fitting):
             self._encode_batch(writer, window, rows, forward)
         with self.summary.timed("write"):
             self._seal(claim, writer)
@@ -205,38 +220,12 @@ class SpaceWriter:
             )
         return ShardWriter(claim.partial)
 
-    def _forward_all(self, window: TokenizedTexts, batches: Iterable[_Rows]) -> Iterator[tuple[_Rows, _Forward]]:
-        """Yield batches in order with what returns their vectors; several workers compute ahead where that pays."""
-
-        def forward(rows: _Rows) -> States:
-            return self.work.encode(self.encoder, window, rows)
-
-        workers = self.encoder.workers
-        fitting = (part for rows in batches for part in self._fit(window, rows))
-        if workers == 1:
-            yield from ((rows, functools.partial(forward, rows)) for rows in fitting)
-            return
-        threads = torch.get_num_threads()
-        share = max(1, threads // workers)
-        pool = ThreadPoolExecutor(workers, "palcache-forward", initializer=torch.set_num_threads, initargs=(share,))
-        ahead: deque[tuple[_Rows, Future[States]]] = deque()
-        try:
-            for rows in fitting:
-                ahead.append((rows, pool.submit(forward, rows)))
-                if len(ahead) > 2 * workers:
-                    first, future = ahead.popleft()
-                    yield first, future.result
-            yield from ((rows, future.result) for rows, future in ahead)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-            torch.set_num_threads(threads)  # a worker's share becomes the default of the process
-
-    def _fit(self, window: TokenizedTexts, rows: _Rows) -> list[_Rows]:
+    def _fit(self, window: TokenizedTexts, rows: Rows) -> list[Rows]:
         """Return a batch in parts that fit the budget, if it was halved since the batch was planned."""
         parts = -(-padded_tokens(window.n_tokens, [rows]) // self.budget)
         return np.array_split(rows, min(len(rows), max(1, parts)))
 
-    def _encode_batch(self, writer: ShardWriter, window: TokenizedTexts, rows: _Rows, forward: _Forward) -> None:
+    def _encode_batch(self, writer: ShardWriter, window: TokenizedTexts, rows: Rows, forward: Forward) -> None:
         """Encode and store a batch; one that fails is halved until the texts that fail stand alone."""
         error = self._try_batch(writer, window, rows, forward)
         if error is None:
@@ -248,12 +237,10 @@ class SpaceWriter:
             self.budget = max(1, min(self.budget, padded_tokens(window.n_tokens, [rows]) // 2))
             _free_cached_memory()
         for half in np.array_split(rows, 2):
-            again = functools.partial(self.work.encode, self.encoder, window, half)
+            again = functools.partial(self.forwards.one, window, half)
             self._encode_batch(writer, window, half, again)
 
-    def _try_batch(
-        self, writer: ShardWriter, window: TokenizedTexts, rows: _Rows, forward: _Forward
-    ) -> Exception | None:
+    def _try_batch(self, writer: ShardWriter, window: TokenizedTexts, rows: Rows, forward: Forward) -> Exception | None:
         """Encode and store a batch; return what the encoder raised, if anything."""
         try:
             with self.summary.timed("forward"):
@@ -322,6 +309,8 @@ class SpaceWriter:
         self._texts += texts
         self._tokens += tokens
         self.summary.tokens += tokens
+        for claim in tuple(self._held):
+            claim.beat()
         self._report(waiting=False)
 
     def _report(self, *, waiting: bool) -> None:

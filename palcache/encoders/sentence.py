@@ -233,12 +233,19 @@ class SentenceEncoder:
         else:
             features = self._prepare([window.texts[row] for row in rows], role)
         on_device = {
-            name: value.to(self._device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            name: _move(value, self._device) if isinstance(value, torch.Tensor) else value
             for name, value in features.items()
         }
         vectors: torch.Tensor = self._model(on_device, task=_TASKS[role])["sentence_embedding"]
         dim = self._model.truncate_dim
         return (vectors if dim is None else vectors[:, :dim]).float()
+
+
+def _move(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor on a device; only a copy from pinned memory leaves the CPU free meanwhile."""
+    if device.type != "cuda":
+        return value.to(device)
+    return value.pin_memory().to(device, non_blocking=True)
 
 
 def _to_float32(_module: Any, _inputs: Any, output: Any) -> Any:
