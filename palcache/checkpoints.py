@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from palcache.errors import CacheError
 from palcache.files import write_with
 from palcache.fingerprints import canonical_json
-from palcache.heads import PalB, Parameters
+from palcache.heads import Head, Parameters, head_from_dict, head_to_dict
 
 FORMAT: Final = "palcache-head"
 VERSION: Final = "1"
@@ -30,18 +30,18 @@ class TrainedHead:
     Attributes:
         shape: what the parameters mean.
         parameters: tensors on one device, as `shape.initial` names them.
-        users: ids of the users, in the order of the rows of `user.logits`.
+        users: ids of the users, in the order of the rows of `shape.mixtures`.
         about: where it comes from, as JSON values (fingerprints of cache and table, spaces, seed).
     """
 
-    shape: PalB
+    shape: Head
     parameters: Parameters
     users: tuple[str, ...]
     about: Mapping[str, Any]
 
     @property
     def mixtures(self) -> torch.Tensor:
-        """Every user's mixture over the prototypes, (u, k)."""
+        """Every user's mixture over the prototypes, (u, k), or weights of a yardstick."""
         return self.shape.mixtures(self.parameters)
 
     def to(self, device: torch.device) -> TrainedHead:
@@ -57,7 +57,7 @@ def save_head(path: Path, head: TrainedHead) -> None:
     metadata = {
         "format": FORMAT,
         "version": VERSION,
-        "shape": canonical_json({"head": "pal-b", **asdict(head.shape)}).decode(),
+        "shape": canonical_json(head_to_dict(head.shape)).decode(),
         "about": canonical_json(head.about).decode(),
     }
     tensors |= {"user.id.bytes": texts, "user.id.offsets": offsets}
@@ -82,10 +82,9 @@ def load_head(path: Path) -> TrainedHead:
         raise CacheError(
             f"{path} is of format {metadata.get('format')} version {metadata.get('version')}; expected {FORMAT} {VERSION}."
         )
-    shape = json.loads(metadata["shape"])
-    shape.pop("head")
+    shape = head_from_dict(json.loads(metadata["shape"]))
     users = _unpack(tensors.pop("user.id.bytes"), tensors.pop("user.id.offsets"))
-    return TrainedHead(PalB(**shape), tensors, users, json.loads(metadata["about"]))
+    return TrainedHead(shape, tensors, users, json.loads(metadata["about"]))
 
 
 def _pack(texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -36,10 +36,11 @@ from palcache.configs import FitConfig, HeadConfig, UnknownUsers
 from palcache.errors import InputError, MismatchError
 from palcache.evaluation import Evaluation, evaluate_head, evaluate_longer, known_rows
 from palcache.files import read_json, storage_errors, write_bytes, write_json, write_with
-from palcache.heads import PalB
+from palcache.heads import Head, blind_config, build_head
+from palcache.joint_vectors import joint_space_of, load_joint_preferences
 from palcache.reports import draw_history
 from palcache.tensors import PreferenceData, load_preferences
-from palcache.training import FitProgress, FitResult, FitState, HistoryRow, fit
+from palcache.training import FitProgress, FitResult, FitState, HistoryRow, fit, require_vectors
 
 FORMAT: Final = "palcache-run"
 VERSION: Final = 1
@@ -108,7 +109,7 @@ def train_run(  # noqa: PLR0913 - keyword-only options
     """Train a head on a cached table and leave a run folder.
 
     Training uses the table's `train` split, picks the checkpoint on `val`, and evaluates on `val` and `test`. The
-    user-blind yardstick (k = 1) is trained with the same settings and kept in the run.
+    user-blind yardstick (k = 1; for a linear head a linear reward) is trained with the same settings and kept in the run.
 
     Args:
         cache: the cache.
@@ -130,26 +131,52 @@ def train_run(  # noqa: PLR0913 - keyword-only options
     head, config = head or HeadConfig(), config or FitConfig()
     stored = cache.comparisons(comparisons)
     about = _about(cache, stored, space, head, config)
+    joint = _check_vectors(cache, stored, space, head, config)
     if _begin(path, about, resume=resume):
         return load_run(path)
-    data = load_preferences(cache, stored, space=space, device=device)
+    data = _load(cache, stored, space, device, joint=joint)
     splits = _splits(stored, data, unknown_users)
     if "test" not in splits:
         raise InputError(f"The split test of the table {stored.name} is empty; embed it again with --split-by pair.")
     users = splits["train"].data.users
-    shape = PalB.from_config(head, d=data.width, users=len(users))
+    shape = build_head(head, d=data.width, users=len(users))
     fitted = _fit_resumably(path, shape, splits, config, on_progress)
     trained = TrainedHead(shape, fitted.parameters, users, about)
     save_head(path / "head.safetensors", trained)
-    blind = _user_blind(path, trained, splits, replace(head, k=1), config)
+    blind = _user_blind(path, trained, splits, head, config)
     evaluations = {name: _evaluate(trained, blind, splits[name], splits["val"]) for name in EVALUATED}
     _write_history(path / "history.csv", fitted.history)
-    title = f"{stored.name}: k = {head.k}, p = {shape.p}, seed {config.seed}"
+    title = _title(stored.name, head, shape, config)
     draw_history(path / "curves.png", fitted.history, best_step=fitted.best_step, title=title)
     summary = {"best_step": fitted.best_step, "stopped_early": fitted.stopped_early}
     write_json(path / "metrics.json", {**evaluations_to_dict(evaluations), **summary})
     (path / "state.safetensors").unlink(missing_ok=True)
     return RunResult(path, trained, evaluations, fitted.seconds, fitted)
+
+
+def _check_vectors(
+    cache: Cache, stored: StoredComparisons, space: str | None, head: HeadConfig, config: FitConfig
+) -> bool:
+    """Refuse what cannot be trained on the cache before anything is made; return whether joint vectors are read."""
+    prompt, _ = spaces_of(stored, space, cache)
+    shape = build_head(head, d=cache.space(prompt).width, users=1)
+    if shape.joint:
+        joint_space_of(cache, stored, space)
+    require_vectors(shape, config, joint=shape.joint, tokens=False)
+    return shape.joint
+
+
+def _load(
+    cache: Cache, stored: StoredComparisons, space: str | None, device: str, *, joint: bool
+) -> PreferenceData:
+    load = load_joint_preferences if joint else load_preferences
+    return load(cache, stored, space=space, device=device)
+
+
+def _title(table: str, head: HeadConfig, shape: Head, config: FitConfig) -> str:
+    kind = "" if head.head == "pal-b" else f"{head.head}, "
+    width = f", p = {p}" if (p := getattr(shape, "p", None)) else ""
+    return f"{table}: {kind}k = {shape.k}{width}, seed {config.seed}"
 
 
 def _about(
@@ -218,7 +245,7 @@ def _splits(stored: StoredComparisons, data: PreferenceData, unknown_users: Unkn
 
 def _fit_resumably(
     path: Path,
-    shape: PalB,
+    shape: Head,
     splits: Mapping[str, _Split],
     config: FitConfig,
     on_progress: Callable[[FitProgress], None] | None,
@@ -242,7 +269,7 @@ def _user_blind(
     if head.shape.k == 1:
         blind = head
     else:
-        shape = PalB.from_config(config, d=head.shape.d, users=len(head.users))
+        shape = build_head(blind_config(config), d=head.shape.d, users=len(head.users))
         fitted = fit(shape, splits["train"].data, splits["val"].data, fit_config)
         blind = TrainedHead(shape, fitted.parameters, head.users, head.about)
     save_head(path / "user_blind.safetensors", blind)
@@ -313,7 +340,7 @@ def evaluate_run(
             f"The run {path} was trained on the vectors of {config['encoder'].get('model')} (space {spaces[0][:8]}), and "
             f"the table {stored.name} in {cache.path} is not embedded by it; embed it with that model, or name its cache."
         )
-    data = load_preferences(cache, replace(stored, spaces=(spaces,)), device=device)
+    data = _load(cache, replace(stored, spaces=(spaces,)), None, device, joint=head.shape.joint)
 
     def part(name: str | None) -> _Split | None:
         rows = _rows_of(stored, name)
