@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import cache, demo, embed, evaluate, train_head
+from . import cache, checkpoint, demo, embed, evaluate, presets, train_head
 from .failures import set_debug
 
 app = typer.Typer(
@@ -20,7 +20,9 @@ app.command("embed")(embed.embed)
 app.command("train-head")(train_head.train_head)
 app.command("evaluate")(evaluate.evaluate)
 app.command("demo")(demo.demo)
+app.command("presets")(presets.presets)
 app.add_typer(cache.app, name="cache")
+app.add_typer(checkpoint.app, name="checkpoint")
 
 
 def _print_version(value: bool) -> None:

@@ -9,7 +9,7 @@ import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Final, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from palcache.choices import (
     LINEAR_HEADS,
@@ -51,6 +51,8 @@ class Config:
     """
 
     __slots__ = ()
+    later: ClassVar[frozenset[str]] = frozenset()
+    """Fields that later versions added; `to_dict` leaves them out at their defaults."""
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], *, origin: str = "configuration") -> Self:
@@ -92,13 +94,8 @@ class Config:
         return {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)  # type: ignore[arg-type]
-            if not (field.metadata.get("later") and getattr(self, field.name) == field.default)
+            if not (field.name in self.later and getattr(self, field.name) == field.default)
         }
-
-
-def _later(default: Any) -> Any:
-    """Return a field that `to_dict` leaves out at its default."""
-    return dataclasses.field(default=default, metadata={"later": True})
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -220,16 +217,18 @@ class HeadConfig(Config):
         start: `shared`, prototypes with small differences and users in the middle; or `published`, both drawn at random.
     """
 
+    later: ClassVar[frozenset[str]] = frozenset({"head", "score", "user_form", "mixture", "user_weights", "start"})
+
     k: int = 2
     p: int | None = 64
     projector: str = "mlp2-relu-dropout1"
     temperature: float = 1.0
-    head: HeadKind = _later("pal-b")
-    score: Score | None = _later(None)
-    user_form: UserForm = _later("f(Pw)")
-    mixture: Mixture = _later("softmax")
-    user_weights: UserWeights = _later("simplex")
-    start: Start = _later("shared")
+    head: HeadKind = "pal-b"
+    score: Score | None = None
+    user_form: UserForm = "f(Pw)"
+    mixture: Mixture = "softmax"
+    user_weights: UserWeights = "simplex"
+    start: Start = "shared"
 
     def __post_init__(self) -> None:
         require(self.k >= 1, f"Got k = {self.k}; expected at least one prototype.")
@@ -278,6 +277,11 @@ class FitConfig(Config):
         precision: `bfloat16` runs the forward pass under autocast; the loss and the parameters stay float32.
     """
 
+    later: ClassVar[frozenset[str]] = frozenset(
+        {"lr_prototypes", "optimizer", "schedule", "loss", "weighting", "token_weighting", "prompt_alignment",
+         "bound_weight", "bound", "precision"}
+    )  # fmt: skip
+
     batch_size: int = 256
     epochs: int | None = None
     lr: float = 1e-3
@@ -288,16 +292,16 @@ class FitConfig(Config):
     evaluations: int = 20
     patience: int = 8
     seed: int = 0
-    lr_prototypes: float = _later(5e-3)
-    optimizer: Optimizer = _later("adamw")
-    schedule: Schedule = _later("cosine")
-    loss: Loss | None = _later(None)
-    weighting: Weighting = _later("comparisons")
-    token_weighting: TokenWeighting | None = _later(None)
-    prompt_alignment: PromptAlignment = _later("pooled")
-    bound_weight: float = _later(0.0)
-    bound: float = _later(4.0)
-    precision: Precision = _later("float32")
+    lr_prototypes: float = 5e-3
+    optimizer: Optimizer = "adamw"
+    schedule: Schedule = "cosine"
+    loss: Loss | None = None
+    weighting: Weighting = "comparisons"
+    token_weighting: TokenWeighting | None = None
+    prompt_alignment: PromptAlignment = "pooled"
+    bound_weight: float = 0.0
+    bound: float = 4.0
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, f"Got batch_size = {self.batch_size}; expected at least 1.")

@@ -137,9 +137,7 @@ def token_loss(
     return (pairwise_loss(kind, margins, y.unsqueeze(-1)) * weights).sum(-1)
 
 
-def token_accuracy(
-    margins: torch.Tensor, y: torch.Tensor, divergence: torch.Tensor, end: torch.Tensor
-) -> torch.Tensor:
+def token_accuracy(margins: torch.Tensor, y: torch.Tensor, divergence: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
     """Return the share of a span's positions that are predicted right, (n,); a zero margin counts one half.
 
     An empty span counts 0. Arguments as for `token_loss`.

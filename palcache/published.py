@@ -31,7 +31,13 @@ TEMPERATURES: Final = ("softmax_w.temperature", "user_learner.softmax.temperatur
 MODEL: Final = "llm."
 LEARNERS: Final = ("", "item_learner.", "user_learner.")
 WEIGHTS: Final = "user_learner.W."
-_NORM: Final = {"weight": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var", "count": "num_batches_tracked"}
+_NORM: Final = {
+    "weight": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+    "count": "num_batches_tracked",
+}
 _LAYER = re.compile(r"(?:projector_f|projector)\.mlp\.layers\.(\d+)\.(\w+)")
 _SHOWN: Final = 4
 _TOKENIZER: Final = ("*.json", "*.txt", "*.model")
@@ -94,7 +100,9 @@ def read_published(path: Path, options: PublishedOptions | None = None) -> Publi
         raise InputError(f"{path} cannot be read as a checkpoint ({type(error).__name__}: {error}).") from error
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise InputError(f"{path} holds no state dict of tensors; expected a Lightning checkpoint of the published code.")
+        raise InputError(
+            f"{path} holds no state dict of tensors; expected a Lightning checkpoint of the published code."
+        )
     about = content.get("palcache")
     return from_state(state, options, origin=str(path), about=about if isinstance(about, dict) else None)
 
@@ -211,9 +219,7 @@ def _layers(projector: Projector, own: str, published: str, row: int | None) -> 
                 yield f"{published}mlp.layers.{layer * stride + 1}.{theirs}", f"{own}{layer}.norm.{ours}", row
 
 
-def _collect(
-    layout: list[tuple[str, str, int | None]], bare: Mapping[str, torch.Tensor], origin: str
-) -> Parameters:
+def _collect(layout: list[tuple[str, str, int | None]], bare: Mapping[str, torch.Tensor], origin: str) -> Parameters:
     """Return our parameters; a tensor that stands in several places must be the same in all of them."""
     rows: dict[str, list[torch.Tensor]] = {}
     parameters: Parameters = {}
@@ -222,7 +228,9 @@ def _collect(
         if row is not None:
             rows.setdefault(own, []).append(value)
         elif own in parameters and not torch.equal(parameters[own], value):
-            raise InputError(f"{origin}: {published} differs from the same layer elsewhere in it; expected one projector.")
+            raise InputError(
+                f"{origin}: {published} differs from the same layer elsewhere in it; expected one projector."
+            )
         else:
             parameters[own] = value
     try:
@@ -246,7 +254,9 @@ def to_state(head: TrainedHead, encoder: Mapping[str, torch.Tensor] | None = Non
     shape = head.shape
     if not isinstance(shape, PalA | PalB) or shape.items.hidden < 0:
         kind = head_to_dict(shape)["head"]
-        raise InputError(f"The published layout has no place for {kind} with this projector; export pal-a or pal-b with layers.")
+        raise InputError(
+            f"The published layout has no place for {kind} with this projector; export pal-a or pal-b with layers."
+        )
     state: dict[str, torch.Tensor] = {}
     users = [user.replace("%", "%25").replace(".", "%2E") for user in head.users]
     for published, own, row in _layout(shape, users):
@@ -310,5 +320,3 @@ def read_encoder(folder: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise CacheError(f"{folder} has no model.safetensors; export takes a folder that checkpoint import made.")
     return load_file(path)
-
-

@@ -166,9 +166,7 @@ def _check_vectors(
     return shape.joint
 
 
-def _load(
-    cache: Cache, stored: StoredComparisons, space: str | None, device: str, *, joint: bool
-) -> PreferenceData:
+def _load(cache: Cache, stored: StoredComparisons, space: str | None, device: str, *, joint: bool) -> PreferenceData:
     load = load_joint_preferences if joint else load_preferences
     return load(cache, stored, space=space, device=device)
 
@@ -266,7 +264,7 @@ def _fit_resumably(
 def _user_blind(
     path: Path, head: TrainedHead, splits: Mapping[str, _Split], config: HeadConfig, fit_config: FitConfig
 ) -> TrainedHead:
-    if head.shape.k == 1:
+    if head.shape.k == 1 and config.user_weights == "simplex":  # free weights of one reward still have a sign
         blind = head
     else:
         shape = build_head(blind_config(config), d=head.shape.d, users=len(head.users))
@@ -276,13 +274,12 @@ def _user_blind(
     return blind
 
 
-def _evaluate(head: TrainedHead, blind: TrainedHead, split: _Split, val: _Split | None) -> dict[str, Evaluation]:
+def _evaluate(head: TrainedHead, blind: TrainedHead | None, split: _Split, val: _Split | None) -> dict[str, Evaluation]:
     validation = val.data if val else None
-    return {
-        "head": evaluate_head(head, split.data, split.comparisons, validation=validation),
-        "user_blind": evaluate_head(blind, split.data, split.comparisons, validation=validation),
-        "longer": evaluate_longer(split.comparisons),
-    }
+    out = {"head": evaluate_head(head, split.data, split.comparisons, validation=validation)}
+    if blind is not None:
+        out["user_blind"] = evaluate_head(blind, split.data, split.comparisons, validation=validation)
+    return {**out, "longer": evaluate_longer(split.comparisons)}
 
 
 def load_run(path: Path) -> RunResult:
@@ -293,6 +290,10 @@ def load_run(path: Path) -> RunResult:
         CacheError: a file is missing or damaged.
     """
     read_json(path / "config.json", "a run folder (config.json)")
+    if "imported" in read_json(path / "config.json", "a run's configuration"):
+        raise InputError(
+            f"The run {path} was imported, not trained; evaluate it with palcache evaluate {path} --cache ...."
+        )
     if not (path / "metrics.json").is_file():
         raise InputError(f"The run {path} is not finished; go on with palcache train-head ... --run {path} --resume.")
     metrics = read_json(path / "metrics.json", "a run's metrics")
@@ -325,20 +326,22 @@ def evaluate_run(
         unknown_users: what to do with users whom the head does not know.
 
     Returns:
-        The evaluations of `head`, `user_blind` and `longer`.
+        The evaluations of `head`, `user_blind` (not for an imported run) and `longer`.
 
     Raises:
         MismatchError: the cache lacks the run's spaces, or a user is unknown and the policy is `refuse`.
     """
     config = read_json(path / "config.json", "a run folder (config.json)")
-    head, blind = load_head(path / "head.safetensors"), load_head(path / "user_blind.safetensors")
-    own = config["table"]["name"]
+    imported = "imported" in config
+    head = load_head(path / "head.safetensors")
+    blind = None if imported else load_head(path / "user_blind.safetensors")
+    own = None if imported else config["table"]["name"]
     stored = cache.comparisons(own if comparisons is None and own in cache.comparison_names else comparisons)
-    spaces = (config["spaces"]["prompt"], config["spaces"]["response"])
-    if spaces not in stored.spaces:
+    spaces = spaces_of(stored, None, cache) if imported else _own_spaces(path, config, stored, cache)
+    if cache.space(spaces[0]).width != head.shape.d:
         raise MismatchError(
-            f"The run {path} was trained on the vectors of {config['encoder'].get('model')} (space {spaces[0][:8]}), and "
-            f"the table {stored.name} in {cache.path} is not embedded by it; embed it with that model, or name its cache."
+            f"The head of {path} reads vectors of width {head.shape.d}, and those of the table {stored.name} in {cache.path} "
+            f"have {cache.space(spaces[0]).width}; embed the table with the head's own encoder."
         )
     data = _load(cache, replace(stored, spaces=(spaces,)), None, device, joint=head.shape.joint)
 
@@ -356,9 +359,21 @@ def evaluate_run(
             f"The table {stored.name} has no comparisons in the split {split}; it has {', '.join(sorted(have)) or 'none'}: "
             "choose one with --split, or --split all."
         )
-    validation = part("val") if stored.fingerprint == config["table"]["fingerprint"] else None
+    own_table = not imported and stored.fingerprint == config["table"]["fingerprint"]
+    validation = part("val") if own_table else None
     where = data.device
-    return _evaluate(head.to(where), blind.to(where), chosen, validation)
+    return _evaluate(head.to(where), blind.to(where) if blind else None, chosen, validation)
+
+
+def _own_spaces(path: Path, config: dict[str, Any], stored: StoredComparisons, cache: Cache) -> tuple[str, str]:
+    """Return the spaces that a run was trained on, which a table must be embedded in."""
+    spaces = (config["spaces"]["prompt"], config["spaces"]["response"])
+    if spaces not in stored.spaces:
+        raise MismatchError(
+            f"The run {path} was trained on the vectors of {config['encoder'].get('model')} (space {spaces[0][:8]}), and "
+            f"the table {stored.name} in {cache.path} is not embedded by it; embed it with that model, or name its cache."
+        )
+    return spaces
 
 
 def _rows_of(stored: StoredComparisons, split: str | None) -> npt.NDArray[np.int64]:

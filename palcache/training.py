@@ -177,7 +177,9 @@ def _solve(
     row = HistoryRow(1, 1.0, loss, val_loss, accuracy, 0.0, 1.0)
     seconds = time.perf_counter() - start
     if not (math.isfinite(loss) and math.isfinite(val_loss)):
-        raise NumericsError(f"The solved head's loss is {loss} in training and {val_loss} in validation; look at its vectors.")
+        raise NumericsError(
+            f"The solved head's loss is {loss} in training and {val_loss} in validation; look at its vectors."
+        )
     if on_progress:
         on_progress(FitProgress(row, 1, len(train) / seconds))
     return FitResult(parameters, (row,), 1, stopped_early=False, seconds=seconds)
@@ -298,10 +300,10 @@ class _Run:
         if not bool(torch.isfinite(values).all()):
             bad = int(torch.nonzero(~torch.isfinite(values))[0])
             step = first + bad
+            rate = rate_factor(self.config, step, self.steps) * self._peaks[0]
             raise NumericsError(
                 f"The loss is {float(values[bad])} at step {step + 1} (epoch {step // self.steps_per_epoch + 1}, batch "
-                f"{step % self.steps_per_epoch + 1}) with learning rate {rate_factor(self.config, step, self.steps) * self._peaks[0]:.2e}; "
-                "lower --lr."
+                f"{step % self.steps_per_epoch + 1}) with learning rate {rate:.2e}; lower --lr."
             )
         return float(values.mean())
 

@@ -96,10 +96,12 @@ class Oracle(nn.Module):
         self.user_learner = _Users(meta, self.softmax_w, projector)
 
     def mixtures(self, users: torch.Tensor) -> torch.Tensor:
+        """Return the mixture of each comparison's user, (n, k)."""
         names = [self.meta["users"][i] for i in users.tolist()]
         return torch.stack([self.softmax_w(self.user_learner.W[name]) for name in names])
 
     def forward(self, case: Tensors) -> torch.Tensor:
+        """Return y_hat of the batch."""
         f = self.item_learner.projector
         left, right = f(case["in.left"]), f(case["in.right"])
         w = self.mixtures(case["in.user_index"])
@@ -112,9 +114,11 @@ class Oracle(nn.Module):
             cosine = nn.CosineSimilarity(dim=-1)
             return torch.stack([s * cosine(left, ideal), s * cosine(right, ideal)], dim=-1)
         ideal = self.ideal(w).unsqueeze(1)
-        return (left - ideal).square().sum(-1).sqrt() - (right - ideal).square().sum(-1).sqrt()
+        distances = [(side - ideal).square().sum(-1).sqrt() for side in (left, right)]
+        return torch.sub(*distances)
 
     def ideal(self, w: torch.Tensor) -> torch.Tensor:
+        """Return PAL-A's ideal points, (n, p)."""
         f, prototypes = self.item_learner.projector, self.user_learner.P
         match self.meta["user_learner_type"]:
             case "Pw":
@@ -141,6 +145,7 @@ class Oracle(nn.Module):
         return torch.stack(losses).mean()
 
     def token_loss(self, y_hat: torch.Tensor, y: int) -> torch.Tensor:
+        """Return the loss of one comparison at one token."""
         if self.meta["pal"] == "b":
             return nn.functional.cross_entropy(y_hat.unsqueeze(0), torch.tensor([(y + 1) // 2]))
         kind = self.meta["loss"].removesuffix("_w")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,9 +29,14 @@ from tests.published_oracle import Case, make_case
 FOLDER = Path(os.environ.get("PALCACHE_REFERENCE_DIR", Path(__file__).parents[2] / "shared" / "reference" / "heads"))
 FILES = sorted(FOLDER.glob("*.safetensors")) if FOLDER.is_dir() else []
 SCORES: dict[str, Score] = {"dist_normalization": "dist_normalized"}
-LOSSES: dict[str, Loss] = {"CE": "cross_entropy", "hinge": "hinge", "logistic": "logistic", "smooth_hinge": "smooth_hinge"}
+LOSSES: dict[str, Loss] = {
+    "CE": "cross_entropy",
+    "hinge": "hinge",
+    "logistic": "logistic",
+    "smooth_hinge": "smooth_hinge",
+}
 
-MADE = {
+MADE: dict[str, dict[str, Any]] = {
     "b-batchnorm-nobias": {"proj_arch": "mlp2-relu-dropout0-batchnorm-nobias", "k": 3, "temperature": 0.5},
     "b-batchnorm-residual": {"proj_arch": "mlp1-gelu-dropout0-residual-batchnorm", "d_pref": 7, "loss_weighting": "cumulative"},
     "b-batchnorm-partition": {"proj_arch": "mlp1-linear-dropout0-batchnorm", "partition": True, "k": 4},
@@ -123,7 +129,7 @@ def learned(head: TrainedHead) -> Parameters:
     return out
 
 
-def optimizers(case: Case, head: TrainedHead, parameters: Parameters) -> list[torch.optim.Optimizer]:
+def optimizers(case: Case, parameters: Parameters) -> list[torch.optim.Optimizer]:
     """Return an Adam per group of the file, so that PAL-A's projector can be stepped twice as published."""
     rates = case.meta["optimizer"]
     groups: dict[str, list[torch.Tensor]] = {}
@@ -139,7 +145,7 @@ def optimizers(case: Case, head: TrainedHead, parameters: Parameters) -> list[to
 def train(case: Case, head: TrainedHead) -> tuple[list[float], Parameters]:
     """Return the losses of the file's steps and the parameters after them."""
     parameters, batch, objective = learned(head), batch_of(case, head), objective_of(case, head)
-    steps, losses = optimizers(case, head, parameters), []
+    steps, losses = optimizers(case, parameters), []
     for _ in range(case.meta["steps"]):
         updates = Parameters()
         loss = objective(parameters, batch, updates=updates, counts=counts_of(case, batch, head))
@@ -149,11 +155,11 @@ def train(case: Case, head: TrainedHead) -> tuple[list[float], Parameters]:
         for step in steps:
             step.step()
         parameters.update(updates)
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses, {name: value.detach() for name, value in parameters.items()}
 
 
-def published_state(case: Case, head: TrainedHead, parameters: Parameters) -> dict[str, torch.Tensor]:
+def published_state(head: TrainedHead, parameters: Parameters) -> dict[str, torch.Tensor]:
     state = to_state(TrainedHead(head.shape, parameters, head.users, {}))
     return {name.removeprefix(PREFIX): value for name, value in state.items()}
 
@@ -184,7 +190,7 @@ def test_gradients(case: Case) -> None:
     gradients = {
         name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in parameters.items()
     }
-    ours, theirs = published_state(case, head, gradients), part(case, "grad.")
+    ours, theirs = published_state(head, gradients), part(case, "grad.")
     assert theirs
     largest = max(float(value.abs().max()) for value in theirs.values())
     for name, want in theirs.items():
@@ -200,11 +206,11 @@ def test_training(case: Case) -> None:
     losses, parameters = train(case, head)
     if case.meta["pal"] == "b":
         assert losses == pytest.approx(case.tensors["out.losses"].tolist(), abs=1e-4, rel=1e-4)
-        ours = published_state(case, head, parameters)
+        ours = published_state(head, parameters)
         theirs = part(case, "final.")
         assert ours.keys() == theirs.keys()
         for name, want in theirs.items():
-            torch.testing.assert_close(ours[name], want, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+            torch.testing.assert_close(ours[name], want, rtol=1e-4, atol=1e-4, msg=name)
     if "out.y_hat_eval" in case.tensors:
         y_hat = y_hat_of(case, head, parameters, training=False)
         torch.testing.assert_close(y_hat, case.tensors["out.y_hat_eval"], rtol=1e-4, atol=1e-4)
@@ -242,6 +248,6 @@ def test_fit_takes_the_published_steps(case: Case) -> None:
     result = fit(head.shape, data, data, config, on_state=states.append, state=start)
     losses = [row.train_loss for row in result.history]
     assert losses == pytest.approx(case.tensors["out.losses"].tolist(), abs=1e-4, rel=1e-4)
-    ours = published_state(case, head, states[-1].parameters)
+    ours = published_state(head, states[-1].parameters)
     for name, want in part(case, "final.").items():
-        torch.testing.assert_close(ours[name], want, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(ours[name], want, rtol=1e-4, atol=1e-4, msg=name)

@@ -1,7 +1,8 @@
 """PAL-B: a user's ideal response depends on the prompt and is a mixture of k shared prototypes.
 
 `a_u(prompt) = sum_j w_uj g_j(prompt)`, and by default `r(response) = exp(logit_scale) cos(f(response), a_u(prompt))`; the
-other scores are in `palcache.heads.scores` (Chen et al., "PAL: Sample-Efficient Personalized Reward Modeling for Pluralistic Alignment", ICLR 2025).
+other scores are in `palcache.heads.scores` (Chen et al., "PAL: Sample-Efficient Personalized Reward Modeling for Pluralistic
+Alignment", ICLR 2025).
 """
 
 from __future__ import annotations

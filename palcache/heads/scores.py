@@ -68,7 +68,9 @@ def rewards(score: Score, item: torch.Tensor, ideal: torch.Tensor, s: torch.Tens
     return -s * distance if score == "dist_logistic" else -distance
 
 
-def margins(score: Score, left: torch.Tensor, right: torch.Tensor, ideal: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+def margins(
+    score: Score, left: torch.Tensor, right: torch.Tensor, ideal: torch.Tensor, s: torch.Tensor
+) -> torch.Tensor:
     """Return r(right) - r(left), (...,); arguments as for `rewards`."""
     if score in _COSINES:  # one product instead of two
         return s * ((right - left) * ideal).sum(-1)
