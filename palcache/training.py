@@ -171,15 +171,16 @@ def _solve(
     on_progress: Callable[[FitProgress], None] | None,
 ) -> FitResult:
     """Solve a head and report it as one step."""
-    start = time.perf_counter()
-    parameters, objective = shape.solve(train, val), Objective(shape, config)
+    start, objective = time.perf_counter(), Objective(shape, config)
+    zero = shape.initial(torch.Generator())
+    for name, data in (("training", train), ("validation", val)):
+        if not math.isfinite(objective.validate({k: v.to(data.device) for k, v in zero.items()}, data)[0]):
+            raise NumericsError(f"The {name} vectors are not finite; run palcache cache verify on the cache.")
+    parameters = shape.solve(train, val)
     (loss, _), (val_loss, accuracy) = objective.validate(parameters, train), objective.validate(parameters, val)
     row = HistoryRow(1, 1.0, loss, val_loss, accuracy, 0.0, 1.0)
+    _require_finite(val_loss, row, "validation loss")
     seconds = time.perf_counter() - start
-    if not (math.isfinite(loss) and math.isfinite(val_loss)):
-        raise NumericsError(
-            f"The solved head's loss is {loss} in training and {val_loss} in validation; look at its vectors."
-        )
     if on_progress:
         on_progress(FitProgress(row, 1, len(train) / seconds))
     return FitResult(parameters, (row,), 1, stopped_early=False, seconds=seconds)
