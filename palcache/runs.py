@@ -158,10 +158,9 @@ def _check_vectors(
     cache: Cache, stored: StoredComparisons, space: str | None, head: HeadConfig, config: FitConfig
 ) -> bool:
     """Refuse what cannot be trained on the cache before anything is made; return whether joint vectors are read."""
-    prompt, _ = spaces_of(stored, space, cache)
-    shape = build_head(head, d=cache.space(prompt).width, users=1)
-    if shape.joint:
-        joint_space_of(cache, stored, space)
+    joint = head.head == "pal-a"
+    read = joint_space_of(cache, stored, space) if joint else spaces_of(stored, space, cache)[1]
+    shape = build_head(head, d=cache.space(read).width, users=1)
     require_vectors(shape, config, joint=shape.joint, tokens=False)
     return shape.joint
 
@@ -338,12 +337,12 @@ def evaluate_run(
     own = None if imported else config["table"]["name"]
     stored = cache.comparisons(own if comparisons is None and own in cache.comparison_names else comparisons)
     spaces = spaces_of(stored, None, cache) if imported else _own_spaces(path, config, stored, cache)
-    if cache.space(spaces[0]).width != head.shape.d:
+    data = _load(cache, replace(stored, spaces=(spaces,)), None, device, joint=head.shape.joint)
+    if data.width != head.shape.d:
         raise MismatchError(
             f"The head of {path} reads vectors of width {head.shape.d}, and those of the table {stored.name} in {cache.path} "
-            f"have {cache.space(spaces[0]).width}; embed the table with the head's own encoder."
+            f"have {data.width}; embed the table with the head's own encoder."
         )
-    data = _load(cache, replace(stored, spaces=(spaces,)), None, device, joint=head.shape.joint)
 
     def part(name: str | None) -> _Split | None:
         rows = _rows_of(stored, name)

@@ -51,9 +51,10 @@ def oracle(kind: str, margins: Array, y: Array) -> tuple[Array, Array]:
     phi, slope = PHI[kind]
     losses, slopes = np.zeros_like(margins), np.zeros_like(margins)
     for at in np.ndindex(margins.shape):
-        sides = [y[at]] if y[at] else [-1.0, 1.0]
-        losses[at] = np.mean([phi(side * margins[at]) for side in sides])
-        slopes[at] = np.mean([side * slope(side * margins[at]) for side in sides])
+        sides = [float(y[at])] if y[at] else [-1.0, 1.0]
+        margin = float(margins[at])
+        losses[at] = np.mean([phi(side * margin) for side in sides])
+        slopes[at] = np.mean([side * slope(side * margin) for side in sides])
     return losses, slopes
 
 

@@ -20,7 +20,7 @@ from palcache.tensors import TensorTable
 from palcache.training import FitState, fit, validate
 from tests.building import all_pairs, all_tokens, generator, make_data, make_token_data
 
-SMALL = {"k": 2, "p": 4, "projector": "mlp1-relu-dropout0"}
+SMALL: dict[str, Any] = {"k": 2, "p": 4, "projector": "mlp1-relu-dropout0"}
 
 
 def shape_of(d: int = 7, users: int = 5, **options: Any) -> Any:
@@ -55,7 +55,7 @@ def test_coupled_decay_is_not_decoupled() -> None:
     moved = {}
     for kind in ("adam", "adamw"):
         value = torch.full((3,), 2.0, requires_grad=True)
-        config = FitConfig(optimizer=kind, lr=0.1, weight_decay=0.01)  # type: ignore[arg-type]
+        config = FitConfig(optimizer=kind, lr=0.1, weight_decay=0.01)
         optimizer = build_optimizer({"f.0.weight": value}, config, torch.device("cpu"))
         value.grad = torch.zeros(3)
         optimizer.step()
@@ -100,7 +100,7 @@ def test_bfloat16_forward_keeps_parameters_and_loss_in_float32() -> None:
     data = make_data(200)
     shape = shape_of(projector="mlp1-relu-dropout1-batchnorm")
     results = {
-        precision: fit(shape, data, data, FitConfig(precision=precision, epochs=20, batch_size=64, warmup=0.0))  # type: ignore[arg-type]
+        precision: fit(shape, data, data, FitConfig(precision=precision, epochs=20, batch_size=64, warmup=0.0))
         for precision in ("float32", "bfloat16")
     }
     for result in results.values():
@@ -112,8 +112,9 @@ def test_bfloat16_forward_keeps_parameters_and_loss_in_float32() -> None:
     assert losses[0] != losses[1]
 
 
-HEADS = [
-    {}, {"score": "dist"}, {"score": "dist_logistic"}, {"mixture": "gumbel"}, {"mixture": "gumbel_hard"}, {"mixture": "partition"},
+HEADS: list[dict[str, Any]] = [
+    {}, {"score": "dist"}, {"score": "dist_logistic"}, {"mixture": "gumbel"}, {"mixture": "gumbel_hard"},
+    {"mixture": "partition"},
     {"projector": "mlp1-relu-dropout1-batchnorm"}, {"head": "bradley-terry"}, {"head": "low-rank"},
     {"head": "low-rank", "user_weights": "free"}, {"head": "pca", "k": 7}, {"head": "per-user"},
 ]  # fmt: skip

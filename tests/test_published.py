@@ -29,7 +29,8 @@ needs_reference = pytest.mark.skipif(not (REFERENCE / "model.ckpt").is_file(), r
 
 def trained(**options: Any) -> TrainedHead:
     users = ("alice", "bob.2", "c%2E", "日本")
-    config = HeadConfig(**({"k": 3, "p": 5, "projector": "mlp2-relu-dropout2", "start": "published"} | options))
+    values: dict[str, Any] = {"k": 3, "p": 5, "projector": "mlp2-relu-dropout2", "start": "published"}
+    config = HeadConfig(**(values | options))
     shape = build_head(config, d=7, users=len(users))
     return TrainedHead(shape, shape.initial(generator(0)), users, {})
 

@@ -53,8 +53,8 @@ HEADS: dict[str, dict[str, Any]] = {
 
 
 def build(name: str, *, d: int = 7, users: int = 5) -> Head:
-    options = {"k": 3, "p": 4, "projector": "mlp1-relu-dropout0"} | HEADS[name]
-    return build_head(HeadConfig(**options), d=d, users=users)
+    options: dict[str, Any] = {"k": 3, "p": 4, "projector": "mlp1-relu-dropout0"}
+    return build_head(HeadConfig(**(options | HEADS[name])), d=d, users=users)
 
 
 @pytest.fixture(params=HEADS)
