@@ -55,7 +55,7 @@ ROWS = (
     Row("PAL-A, `f(Pw)`, `dist`", {"head": "pal-a"}),
     Row("PAL-A, `f(P)w`, `dist`", {"head": "pal-a", "user_form": "f(P)w"}),
     Row("PAL-A, `Pw`, `dist`", {"head": "pal-a", "user_form": "Pw"}),
-    Row("PAL-A, `|f(P)|w`, `dist`", {"head": "pal-a", "user_form": "|f(P)|w"}),
+    Row("PAL-A, `\\|f(P)\\|w`, `dist`", {"head": "pal-a", "user_form": "|f(P)|w"}),
     Row("PAL-A, `f(Pw)`, `angle`", {"head": "pal-a", "score": "angle"}),
     Row("Bradley-Terry, linear", {"head": "bradley-terry", "projector": "identity"}),
     Row("Bradley-Terry, MLP", {"head": "bradley-terry"}),

@@ -28,7 +28,12 @@ if TYPE_CHECKING:
     from palcache.evaluation import Evaluation as Evaluation
     from palcache.evaluation import evaluate_head as evaluate_head
     from palcache.evaluation import predict_margins as predict_margins
+    from palcache.heads import PalA as PalA
     from palcache.heads import PalB as PalB
+    from palcache.heads import build_head as build_head
+    from palcache.imported_runs import export_checkpoint as export_checkpoint
+    from palcache.imported_runs import import_checkpoint as import_checkpoint
+    from palcache.presets import load_preset as load_preset
     from palcache.runs import RunResult as RunResult
     from palcache.runs import evaluate_run as evaluate_run
     from palcache.runs import load_run as load_run
@@ -50,6 +55,7 @@ _HOMES = {
     "FitConfig": "configs",
     "FitResult": "training",
     "HeadConfig": "configs",
+    "PalA": "heads",
     "PalB": "heads",
     "PalcacheError": "errors",
     "PreferenceData": "tensors",
@@ -58,14 +64,18 @@ _HOMES = {
     "Space": "cache",
     "SplitConfig": "configs",
     "TrainedHead": "checkpoints",
+    "build_head": "heads",
     "embed_comparisons": "encoding",
     "embed_tables": "stages",
     "evaluate_head": "evaluation",
     "evaluate_run": "runs",
+    "export_checkpoint": "imported_runs",
     "fit": "training",
+    "import_checkpoint": "imported_runs",
     "load_encoder": "encoders.sentence",
     "load_head": "checkpoints",
     "load_preferences": "tensors",
+    "load_preset": "presets",
     "load_run": "runs",
     "plan_embedding": "encoding",
     "predict_margins": "evaluation",
