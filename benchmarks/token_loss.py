@@ -3,7 +3,9 @@
 Run with `python -m benchmarks.token_loss`; it needs no data. Both sides have the same tensors and give the same numbers:
 rewards of n comparisons at t positions with a span each, to the loss and its gradient. The loop takes one comparison after
 the other: slice its span, cross-entropy of its positions, weigh, append; then the mean. A second table has whole steps
-(projectors, loss, gradients): there the loop's side projects and scores comparison by comparison as well.
+(projectors, loss, gradients): there the loop's side projects and scores comparison by comparison as well, and what is
+left is the arithmetic of the projectors, which both sides share. Times are CPU seconds of one thread, so that other work on
+the machine does not count.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from palcache.token_batches import TokenBatch
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Median seconds of both sides and their ratio."""
+    """Median CPU seconds of both sides and their ratio."""
 
     loop: float
     ours: float
@@ -51,15 +53,21 @@ def make_batch(n: int, t: int, d: int, *, seed: int = 0) -> TokenBatch:
     return TokenBatch(states(), states(), states(), begin, end.clamp(max=t), torch.arange(n) % 10, y)
 
 
-def loop_loss(scores: torch.Tensor, batch: TokenBatch, weighting: TokenWeighting) -> torch.Tensor:
-    """Return the mean loss of rewards, (n, t, 2), one comparison after the other."""
+Rewards = tuple[torch.Tensor, torch.Tensor]
+"""Of both responses at every position, (n, t) each."""
+
+
+def loop_loss(rewards: Rewards, batch: TokenBatch, weighting: TokenWeighting) -> torch.Tensor:
+    """Return the mean loss of rewards, one comparison after the other."""
+    left, right = rewards
     losses = []
-    for i in range(len(scores)):
+    for i in range(len(left)):
         begin, end = int(batch.divergence[i]), int(batch.end[i])
         if end <= begin:
-            losses.append(scores.new_zeros(()))
+            losses.append(left.new_zeros(()))
             continue
-        losses.append(_one(scores[i, begin:end], batch.y[i], weighting))
+        scores = torch.stack([left[i, begin:end], right[i, begin:end]], dim=-1)
+        losses.append(_one(scores, batch.y[i], weighting))
     return torch.stack(losses).mean()
 
 
@@ -74,34 +82,39 @@ def _one(scores: torch.Tensor, y: torch.Tensor, weighting: TokenWeighting) -> to
     return (losses * torch.arange(1, m + 1)).sum() / (m * (m + 1) / 2)
 
 
-def our_loss(scores: torch.Tensor, batch: TokenBatch, weighting: TokenWeighting) -> torch.Tensor:
+def our_loss(rewards: Rewards, batch: TokenBatch, weighting: TokenWeighting) -> torch.Tensor:
     """Return the same mean loss, all comparisons at once."""
-    margins = scores[..., 1] - scores[..., 0]
-    return token_loss("cross_entropy", margins, batch.y, batch.divergence, batch.end, weighting).mean()
+    left, right = rewards
+    return token_loss("cross_entropy", right - left, batch.y, batch.divergence, batch.end, weighting).mean()
 
 
-def time_in_turn(left: Callable[[], object], right: Callable[[], object], rounds: int) -> Timing:
-    """Return the medians of two jobs timed in turn, after one warm-up each."""
+def time_in_turn(loop: Callable[[], object], ours: Callable[[], object], rounds: int, *, repeats: int = 1) -> Timing:
+    """Return the medians of two jobs timed in turn on one thread, after one warm-up each; ours runs `repeats` times."""
     seconds: tuple[list[float], list[float]] = ([], [])
-    left(), right()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    loop(), ours()
     for _ in range(rounds):
-        for job, kept in ((left, seconds[0]), (right, seconds[1])):
-            start = time.perf_counter()
-            job()
-            kept.append(time.perf_counter() - start)
+        for job, times, kept in ((loop, 1, seconds[0]), (ours, repeats, seconds[1])):
+            start = time.process_time()
+            for _ in range(times):
+                job()
+            kept.append((time.process_time() - start) / times)
+    torch.set_num_threads(threads)
     return Timing(statistics.median(seconds[0]), statistics.median(seconds[1]))
 
 
 def time_losses(n: int, t: int, weighting: TokenWeighting, *, rounds: int = 7) -> Timing:
     """Time the loss and its gradient on the rewards of n comparisons."""
     batch = make_batch(n, t, 1)
-    scores = torch.randn(n, t, 2, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    drawn = torch.randn(2, n, t, generator=torch.Generator().manual_seed(1))
+    rewards = drawn[0].clone().requires_grad_(), drawn[1].clone().requires_grad_()
 
-    def job(loss: Callable[[torch.Tensor, TokenBatch, TokenWeighting], torch.Tensor]) -> torch.Tensor:
-        return torch.autograd.grad(loss(scores, batch, weighting), scores)[0]
+    def job(loss: Callable[[Rewards, TokenBatch, TokenWeighting], torch.Tensor]) -> torch.Tensor:
+        return torch.autograd.grad(loss(rewards, batch, weighting), rewards)[1]
 
     torch.testing.assert_close(job(loop_loss), job(our_loss), rtol=1e-4, atol=1e-7)
-    return time_in_turn(lambda: job(loop_loss), lambda: job(our_loss), rounds)
+    return time_in_turn(lambda: job(loop_loss), lambda: job(our_loss), rounds, repeats=20)
 
 
 def time_steps(n: int, t: int, d: int, weighting: TokenWeighting, *, rounds: int = 5) -> Timing:
@@ -120,10 +133,14 @@ def time_steps(n: int, t: int, d: int, weighting: TokenWeighting, *, rounds: int
             at = slice(i, i + 1)
             names = ("left", "right", "prompts", "divergence", "end", "user", "y")
             single = replace(batch, **{name: getattr(batch, name)[at] for name in names})
-            losses.append(loop_loss(shape.token_scores(parameters, single), single, weighting))
+            losses.append(loop_loss(_sides(shape.token_scores(parameters, single)), single, weighting))
         return torch.autograd.grad(torch.stack(losses).mean(), learned)
 
     return time_in_turn(loop, ours, rounds)
+
+
+def _sides(scores: torch.Tensor) -> Rewards:
+    return scores[..., 0], scores[..., 1]
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ def cross_entropy(margins: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         margins: (..., n).
         y: -1, 0 or +1, (n,), of the margins' dtype.
     """
-    return F.softplus(margins) - margins * (y + 1) / 2
+    return F.softplus(margins) - margins * ((y + 1) / 2)
 
 
 def hinge(margins: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -100,16 +100,15 @@ def span_weights(
         end: position after its last, (n,); those at or beyond t are not there.
         dtype: of the weights.
     """
-    inside = in_span(t, divergence, end)
-    count = inside.sum(-1, keepdim=True)
-    rank = inside.cumsum(-1)
+    first, last = divergence.clamp(min=0).to(dtype), end.clamp(max=t).to(dtype)
+    count, at = (last - first).clamp(min=0), torch.arange(t, device=end.device, dtype=dtype)
+    if weighting == "only_last":
+        return ((at == (last - 1).unsqueeze(-1)) & (count > 0).unsqueeze(-1)).to(dtype)
+    inside = (at >= first.unsqueeze(-1)) & (at < last.unsqueeze(-1))
     if weighting == "mean":
-        weights = inside.to(dtype) / count.clamp(min=1)
-    elif weighting == "cumulative":
-        weights = inside * rank.to(dtype) / (count * (count + 1) / 2).clamp(min=1)
-    else:
-        weights = (inside & (rank == count)).to(dtype)
-    return weights
+        return inside * (1 / count.clamp(min=1)).unsqueeze(-1)
+    rank = at - (first - 1).unsqueeze(-1)
+    return inside * rank * (2 / (count * (count + 1)).clamp(min=2)).unsqueeze(-1)
 
 
 def token_loss(
@@ -133,7 +132,7 @@ def token_loss(
         weighting: of the positions.
     """
     weights = span_weights(weighting, margins.shape[-1], divergence, end, margins.dtype)
-    margins = torch.where(weights > 0, margins, torch.zeros_like(margins))
+    margins = margins.masked_fill(weights == 0, 0.0)
     return (pairwise_loss(kind, margins, y.unsqueeze(-1)) * weights).sum(-1)
 
 
