@@ -1,1 +1,1 @@
-"""Tests of `palcache.heads`."""
+"""Tests of the heads."""
