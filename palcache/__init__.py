@@ -31,11 +31,16 @@ if TYPE_CHECKING:
     from palcache.evaluation import Evaluation as Evaluation
     from palcache.evaluation import evaluate_head as evaluate_head
     from palcache.evaluation import predict_margins as predict_margins
+    from palcache.heads import PalA as PalA
     from palcache.heads import PalB as PalB
+    from palcache.heads import build_head as build_head
+    from palcache.imported_runs import export_checkpoint as export_checkpoint
+    from palcache.imported_runs import import_checkpoint as import_checkpoint
     from palcache.imports import import_vectors as import_vectors
     from palcache.joints import JointData as JointData
     from palcache.joints import load_joint as load_joint
     from palcache.lints import lint_cache as lint_cache
+    from palcache.presets import load_preset as load_preset
     from palcache.run_users import list_users as list_users
     from palcache.run_users import suggest_run as suggest_run
     from palcache.runs import RunResult as RunResult
@@ -67,6 +72,7 @@ _HOMES = {
     "HiddenStateEncoder": "encoders.hidden_states",
     "JointData": "joints",
     "NamedVectors": "vectors",
+    "PalA": "heads",
     "PalB": "heads",
     "PalcacheError": "errors",
     "PreferenceData": "tensors",
@@ -76,13 +82,16 @@ _HOMES = {
     "SplitConfig": "configs",
     "TrainedHead": "checkpoints",
     "adapt_run": "adapted_runs",
+    "build_head": "heads",
     "comparison_spans": "spans",
     "divergence_spans": "spans",
     "embed_comparisons": "encoding",
     "embed_tables": "stages",
     "evaluate_head": "evaluation",
     "evaluate_run": "runs",
+    "export_checkpoint": "imported_runs",
     "fit": "training",
+    "import_checkpoint": "imported_runs",
     "import_vectors": "imports",
     "lint_cache": "lints",
     "list_users": "run_users",
@@ -90,6 +99,7 @@ _HOMES = {
     "load_head": "checkpoints",
     "load_joint": "joints",
     "load_preferences": "tensors",
+    "load_preset": "presets",
     "load_run": "runs",
     "plan_embedding": "encoding",
     "predict_margins": "evaluation",

@@ -625,7 +625,8 @@ def test_memory_is_free_before_a_batch_is_tried_again(folder: Path) -> None:
         """Fails above two rows and looks whether the last attempt's tensors are gone."""
 
         def __init__(self, stub: StubEncoder) -> None:
-            self._stub, self._last = stub, lambda: None
+            self._stub = stub
+            self._last: Any = lambda: None
 
         def __getattr__(self, name: str) -> Any:
             return getattr(self._stub, name)
