@@ -6,7 +6,20 @@ from typing import Annotated
 
 import typer
 
-from . import adapt, cache, demo, embed, evaluate, import_vectors, lint, suggest, train_head, users
+from . import (
+    adapt,
+    cache,
+    checkpoint,
+    demo,
+    embed,
+    evaluate,
+    import_vectors,
+    lint,
+    presets,
+    suggest,
+    train_head,
+    users,
+)
 from .failures import set_debug
 
 app = typer.Typer(
@@ -25,7 +38,9 @@ app.command("suggest")(suggest.suggest)
 app.command("users")(users.users)
 app.command("lint")(lint.lint)
 app.command("demo")(demo.demo)
+app.command("presets")(presets.presets)
 app.add_typer(cache.app, name="cache")
+app.add_typer(checkpoint.app, name="checkpoint")
 
 
 def _print_version(value: bool) -> None:

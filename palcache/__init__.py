@@ -33,13 +33,18 @@ if TYPE_CHECKING:
     from palcache.evaluation import evaluate_head as evaluate_head
     from palcache.evaluation import predict_margins as predict_margins
     from palcache.exports import export_cache as export_cache
+    from palcache.heads import PalA as PalA
     from palcache.heads import PalB as PalB
+    from palcache.heads import build_head as build_head
+    from palcache.imported_runs import export_checkpoint as export_checkpoint
+    from palcache.imported_runs import import_checkpoint as import_checkpoint
     from palcache.imports import import_vectors as import_vectors
     from palcache.joints import JointData as JointData
     from palcache.joints import load_joint as load_joint
     from palcache.lints import lint_cache as lint_cache
     from palcache.merges import merge_caches as merge_caches
     from palcache.repairs import repair_cache as repair_cache
+    from palcache.presets import load_preset as load_preset
     from palcache.run_users import list_users as list_users
     from palcache.run_users import suggest_run as suggest_run
     from palcache.runs import RunResult as RunResult
@@ -71,6 +76,7 @@ _HOMES = {
     "HiddenStateEncoder": "encoders.hidden_states",
     "JointData": "joints",
     "NamedVectors": "vectors",
+    "PalA": "heads",
     "PalB": "heads",
     "PalcacheError": "errors",
     "PreferenceData": "tensors",
@@ -81,6 +87,7 @@ _HOMES = {
     "TrainedHead": "checkpoints",
     "adapt_run": "adapted_runs",
     "compact_cache": "compactions",
+    "build_head": "heads",
     "comparison_spans": "spans",
     "divergence_spans": "spans",
     "embed_comparisons": "encoding",
@@ -88,7 +95,9 @@ _HOMES = {
     "evaluate_head": "evaluation",
     "evaluate_run": "runs",
     "export_cache": "exports",
+    "export_checkpoint": "imported_runs",
     "fit": "training",
+    "import_checkpoint": "imported_runs",
     "import_vectors": "imports",
     "lint_cache": "lints",
     "list_users": "run_users",
@@ -96,6 +105,7 @@ _HOMES = {
     "load_head": "checkpoints",
     "load_joint": "joints",
     "load_preferences": "tensors",
+    "load_preset": "presets",
     "load_run": "runs",
     "merge_caches": "merges",
     "plan_embedding": "encoding",

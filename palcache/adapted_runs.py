@@ -21,7 +21,7 @@ from palcache.files import write_bytes, write_json
 from palcache.opened_tables import OpenedTable, open_table, population_of
 from palcache.pairs import contradictions
 from palcache.posteriors import Posteriors, maximum_a_posteriori
-from palcache.reductions import ReducedComparisons
+from palcache.reductions import ReducedComparisons, require_reducible
 from palcache.regions import credible_regions
 from palcache.reports import draw_curve
 from palcache.runs import load_run
@@ -113,11 +113,12 @@ def adapt_run(  # noqa: PLR0913 - keyword-only options
         on_progress: called with points done and in all.
 
     Raises:
-        InputError: the head has one prototype, or the table has no new user.
+        InputError: the head is none that users are adapted on, or has one prototype, or the table has no new user.
         MismatchError: a user is one of the head's own, or texts are not in the cache.
     """
     start = time.perf_counter()
     head = load_head(path / "head.safetensors")
+    require_reducible(head.shape)
     refuse_one_prototype(head.shape.k)
     run = load_run(path)
     opened = _new_users(open_table(path, cache, comparisons, head, device), seen_users)

@@ -13,7 +13,7 @@ import torch
 from palcache.cache import Cache, joint_space_of
 from palcache.comparison_files import StoredComparisons
 from palcache.devices import free_memory, resolve_device
-from palcache.tensors import MEMORY_SHARE, VectorTable, find_rows
+from palcache.tensors import MEMORY_SHARE, PreferenceData, VectorTable, find_rows
 
 
 @final
@@ -105,7 +105,9 @@ class JointData:
             yield self.batch(rows)
 
 
-def load_joint(cache: Cache, stored: StoredComparisons, *, space: str | None = None, device: str = "auto") -> JointData:
+def load_joint(
+    cache: Cache, stored: StoredComparisons, *, space: str | None = None, device: str = "auto", prompts: bool = True
+) -> JointData:
     """Return a table's comparisons with the vectors of its joint items on a device.
 
     Args:
@@ -113,6 +115,7 @@ def load_joint(cache: Cache, stored: StoredComparisons, *, space: str | None = N
         stored: a comparison table of it, embedded with `--items joint`.
         space: which encoder's vectors, where the table has several.
         device: `auto`, `cpu`, `cuda`, `mps`.
+        prompts: read the states at the ends of the prompts too, where there are any.
 
     Raises:
         InputError: the table is not embedded jointly, or by several encoders.
@@ -122,7 +125,7 @@ def load_joint(cache: Cache, stored: StoredComparisons, *, space: str | None = N
     where = resolve_device(device)
     opened = cache.space(joint_space_of(stored, space, cache))
     rows = find_rows(opened, stored.joint_keys, "pairs of a prompt and a response", stored.name, cache)
-    prompt_state = bool(opened.spec.get("prompt_state"))
+    prompt_state = prompts and bool(opened.spec.get("prompt_state"))
     resident = 4 * len(rows) * opened.width * (1 + prompt_state) <= MEMORY_SHARE * free_memory(where)
     table, items = stored.comparisons, stored.joint_items[1]
     return JointData(
@@ -133,4 +136,22 @@ def load_joint(cache: Cache, stored: StoredComparisons, *, space: str | None = N
         user=torch.from_numpy(table.users.codes.astype(np.int64)).to(where),
         y=torch.from_numpy(table.y.astype(np.float32)).to(where),
         users=tuple(table.users.values.to_pylist()),
+    )
+
+
+def load_joint_preferences(
+    cache: Cache, stored: StoredComparisons, *, space: str | None = None, device: str = "auto"
+) -> PreferenceData:
+    """Return a table's joint items as responses of `PreferenceData`, which PAL-A is trained on; arguments as above."""
+    data = load_joint(cache, stored, space=space, device=device, prompts=False)
+    return PreferenceData(
+        prompts=data.items,
+        responses=data.items,
+        prompt=torch.zeros_like(data.item_1),
+        response_1=data.item_1,
+        response_2=data.item_2,
+        user=data.user,
+        y=data.y,
+        users=data.users,
+        joint=True,
     )

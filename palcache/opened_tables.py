@@ -68,6 +68,11 @@ def open_table(
         MismatchError: texts have no vector; the message has the command that adds them.
     """
     config = read_json(path / "config.json", "a run folder (config.json)")
+    if "imported" in config:
+        raise InputError(
+            f"The run {path} was imported, not trained, and does not say what its users are like; train a head with palcache "
+            "train-head."
+        )
     spaces = (config["spaces"]["prompt"], config["spaces"]["response"])
     file = Path(comparisons)
     if comparisons in cache.comparison_names:

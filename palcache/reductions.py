@@ -8,19 +8,25 @@ Everything that new users need (their likelihood, its gradient, its Fisher infor
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Final, final
+from typing import Final, TypeGuard, final
 
 import torch
 import torch.nn.functional as F
 
 from palcache.checkpoints import TrainedHead
-from palcache.heads import scale
+from palcache.errors import InputError
+from palcache.heads import Head, PalB, head_to_dict, scale
 from palcache.tensors import PreferenceData
 
 REDUCE_ROWS: Final = 16_384
 """Rows that are projected at once."""
 MIN_NORM: Final = 1e-12
 """Below this the norm of an ideal point counts as this, as in `torch.nn.functional.normalize`."""
+
+
+_COSINES: Final = frozenset({"angle", "angle_hinge"})
+_SOFT: Final = frozenset({"softmax", "gumbel"})
+"""Mixtures that are the softmax of the user weights in evaluation."""
 
 
 @final
@@ -81,6 +87,23 @@ def float64_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
+def is_reducible(shape: Head) -> TypeGuard[PalB]:
+    """Return whether comparisons reduce to size k: on PAL-B with cosine scores, whose users have softmax mixtures."""
+    return isinstance(shape, PalB) and shape.score in _COSINES and shape.mixture in _SOFT
+
+
+def require_reducible(shape: Head) -> PalB:
+    """Return the shape of a head that new users can be adapted on; raise InputError for any other."""
+    if is_reducible(shape):
+        return shape
+    values = head_to_dict(shape)
+    described = ", ".join(str(values[name]) for name in ("head", "score", "mixture") if name in values)
+    raise InputError(
+        f"New users are adapted on PAL-B with cosine scores and softmax mixtures, and this head is another ({described}); "
+        "train one with palcache train-head --head pal-b --score angle."
+    )
+
+
 @torch.no_grad()
 def reduce_comparisons(head: TrainedHead, data: PreferenceData) -> ReducedComparisons:
     """Return the comparisons in terms of size k on the data's `float64_device`; each distinct text is projected once.
@@ -88,21 +111,23 @@ def reduce_comparisons(head: TrainedHead, data: PreferenceData) -> ReducedCompar
     Args:
         head: on the device of the data.
         data: comparisons; their users keep their numbers and must all be numbered (no -1).
+
+    Raises:
+        InputError: the head is not one of `is_reducible`.
     """
+    shape = require_reducible(head.shape)
     used_prompts, prompt = torch.unique(data.prompt, return_inverse=True)
     used, pair = torch.unique(torch.stack([data.response_1, data.response_2]), return_inverse=True)
     chunks = torch.split(used, REDUCE_ROWS)
-    parts = [
-        F.normalize(head.shape.project_responses(head.parameters, data.responses.take(at)), dim=-1) for at in chunks
-    ]
-    items = torch.cat([*parts, torch.empty(0, head.shape.p, device=data.device)])
-    n, k, where = len(data), head.shape.k, float64_device(data.device)
+    parts = [F.normalize(shape.project_responses(head.parameters, data.responses.take(at)), dim=-1) for at in chunks]
+    items = torch.cat([*parts, torch.empty(0, shape.p, device=data.device)])
+    n, k, where = len(data), shape.k, float64_device(data.device)
     b = torch.empty(n, k, device=data.device)
     grams = torch.empty(len(used_prompts), k, k, dtype=torch.float64, device=where)
     order = torch.argsort(prompt, stable=True)
     first = 0
     for at in torch.split(used_prompts, REDUCE_ROWS // max(1, k // 2)):
-        prototypes = head.shape.project_prompts(head.parameters, data.prompts.take(at))  # (k, m, p)
+        prototypes = shape.project_prompts(head.parameters, data.prompts.take(at))  # (k, m, p)
         wide = prototypes.transpose(0, 1).to(where).double()
         grams[first : first + len(at)] = wide @ wide.transpose(1, 2)
         edges = torch.tensor([first, first + len(at)], device=data.device)
@@ -114,4 +139,4 @@ def reduce_comparisons(head: TrainedHead, data: PreferenceData) -> ReducedCompar
         first += len(at)
     b *= scale(head.parameters)
     columns = (b.to(where).double(), grams, prompt.to(where), data.y.to(where).double(), data.user.to(where))
-    return ReducedComparisons(*columns, data.users, head.shape.temperature)
+    return ReducedComparisons(*columns, data.users, shape.temperature)

@@ -18,6 +18,7 @@ from palcache.errors import InputError
 from palcache.opened_tables import OpenedTable, open_table, population_of
 from palcache.pairs import pair_codes
 from palcache.posteriors import Gaussian, Posteriors, maximum_a_posteriori
+from palcache.reductions import require_reducible
 from palcache.suggestions import suggest
 from palcache.user_files import ADAPTED, SEEN, UserTable, load_users
 
@@ -116,10 +117,11 @@ def suggest_run(  # noqa: PLR0913 - keyword-only options
         device: where.
 
     Raises:
-        InputError: the head has one prototype, or it is not clear who is meant.
+        InputError: the head is none that users are adapted on, or has one prototype, or it is not clear who is meant.
         MismatchError: texts are not in the cache.
     """
     head = load_head(path / "head.safetensors")
+    require_reducible(head.shape)
     refuse_one_prototype(head.shape.k)
     opened = open_table(path, cache, pool, head, device, pool=True)
     answered = _answered(open_table(path, cache, support, head, device), user) if support is not None else None
@@ -160,7 +162,7 @@ def _answered(opened: OpenedTable, user: str | None) -> OpenedTable:
 def _known(path: Path, user: str | None, prior: Gaussian, head: TrainedHead) -> Posteriors:
     """Return what the run knows of a user; of nobody in particular it knows the prior."""
     if user is None:
-        return Posteriors(prior.mean[None], prior.covariance[None], head.shape.temperature)
+        return Posteriors(prior.mean[None], prior.covariance[None], require_reducible(head.shape).temperature)
     for name in (ADAPTED, SEEN):
         table = load_users(path / name, path / "head.safetensors")
         if table is not None and user in table.users:

@@ -66,6 +66,31 @@ class VectorTable:
         return vectors.to(self.device).float()
 
 
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorTable:
+    """Rows of float32 vectors at hand, (m, d), with the interface of `VectorTable`."""
+
+    vectors: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    @property
+    def width(self) -> int:
+        """Width of the vectors, d."""
+        return int(self.vectors.shape[-1])
+
+    @property
+    def streamed(self) -> bool:
+        """The vectors are in memory."""
+        return False
+
+    def take(self, index: torch.Tensor) -> torch.Tensor:
+        """Return vectors by their position in this table, (n,) -> (n, d)."""
+        return torch.index_select(self.vectors, 0, index)
+
+
 def _refuse_non_finite(vectors: torch.Tensor, space: Space, rows: torch.Tensor) -> None:
     good = torch.isfinite(vectors).all(dim=1)
     if not bool(good.all()):
@@ -114,16 +139,18 @@ class PreferenceData:
         user: number of the user in `users`, (n,); -1 where unknown.
         y: -1, 0 or +1, (n,) float32.
         users: ids of the users.
+        joint: response vectors are of prompt and response in one forward; prompts are then not read.
     """
 
-    prompts: VectorTable
-    responses: VectorTable
+    prompts: VectorTable | TensorTable
+    responses: VectorTable | TensorTable
     prompt: torch.Tensor
     response_1: torch.Tensor
     response_2: torch.Tensor
     user: torch.Tensor
     y: torch.Tensor
     users: tuple[str, ...]
+    joint: bool = False
 
     def __len__(self) -> int:
         return len(self.y)
@@ -168,7 +195,7 @@ class PreferenceData:
         return PairBatch(prompts, prompt, responses, response[:n], response[n:], self.user[rows], self.y[rows])
 
     @staticmethod
-    def _distinct(table: VectorTable, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _distinct(table: VectorTable | TensorTable, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the vectors at `index` and where each stands; once each, where repeats are likely."""
         if len(table) > 8 * len(index):  # a batch then repeats few rows, and finding them costs more than it saves
             return table.take(index), torch.arange(len(index), device=index.device)
