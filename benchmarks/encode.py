@@ -106,7 +106,7 @@ def run(quick: bool) -> list[Row]:
 
 
 def _measure(device: str, *, quick: bool) -> list[Row]:
-    n = 80 if quick else 800 if device == "cpu" else 40_000
+    n = 80 if quick else 500 if device == "cpu" else 20_000
     table = scratch() / f"texts-{device}.parquet"
     texts = write_pairs(table, mixed_texts(n, seed=1))
     dtypes: tuple[Dtype, ...] = ("float32", "bfloat16") if has_bfloat16(device) else ("float32",)

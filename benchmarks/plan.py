@@ -57,7 +57,7 @@ class NoEncoder:
 
 def run(quick: bool) -> list[Row]:
     """Measure in processes of their own, so that the memory is that of planning."""
-    n, rounds = (2_000, 1) if quick else (1_000_000, 5)
+    n, rounds = (2_000, 1) if quick else (1_000_000, 3)
     what = f"read {n:,} comparisons of {3 * n:,} distinct texts, keys, dedup, split, index"
     unmeasured = row("plan", what, "cpu", against="-", goal=f"{GOAL_SECONDS} s, under 2 GiB")
     table, cache = _write_table(n), _write_cache(n)

@@ -236,9 +236,9 @@ class SpaceWriter:
         if _is_out_of_memory(error):
             self.budget = max(1, min(self.budget, padded_tokens(window.n_tokens, [rows]) // 2))
             _free_cached_memory()
-        for half in np.array_split(rows, 2):
-            again = functools.partial(self.forwards.one, window, half)
-            self._encode_batch(writer, window, half, again)
+        for part in (part for half in np.array_split(rows, 2) for part in self._fit(window, half)):
+            again = functools.partial(self.forwards.one, window, part)
+            self._encode_batch(writer, window, part, again)
 
     def _try_batch(self, writer: ShardWriter, window: TokenizedTexts, rows: Rows, forward: Forward) -> Exception | None:
         """Encode and store a batch; return what the encoder raised, if anything."""

@@ -125,11 +125,12 @@ def test_rules_of_thumb_have_no_probabilities() -> None:
 def test_the_longer_response_counts_characters_and_not_bytes() -> None:
     rows: list[Row] = [
         {"user_id": "a", "prompt": "p", "response_1": "\u00e9\u00e9\u00e9", "response_2": "abcd", "y": 1},
-        {"user_id": "b", "prompt": "p", "response_1": "abcd", "response_2": "xy", "y": 1},
+        {"user_id": "b", "prompt": "p", "response_1": "abcd", "response_2": "xy", "y": -1},
+        {"user_id": "b", "prompt": "p", "response_1": "abcd", "response_2": "x", "y": 1},
         {"user_id": "b", "prompt": "p", "response_1": "ab", "response_2": "xy", "y": -1},
     ]
     found = evaluate_longer(Comparisons.from_rows(rows))
-    assert found.accuracy["micro"].value == pytest.approx((1 + 0 + 0.5) / 3)
+    assert found.accuracy["micro"].value == pytest.approx((1 + 1 + 0 + 0.5) / 4)
 
 
 def test_the_temperature_is_fitted_on_validation_and_only_there(

@@ -6,7 +6,9 @@ import csv
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from palcache.errors import PalcacheError
 from palcache.reports import draw_history, write_history
@@ -32,6 +34,26 @@ def test_a_picture_shows_the_history_and_the_chosen_step(tmp_path: Path) -> None
     draw_history(tmp_path / "two.png", HISTORY, best_step=28)
     draw_history(tmp_path / "three.png", HISTORY[:-1], best_step=21)
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 3
+
+
+def test_curves_are_the_history_and_the_chosen_step_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+
+    def keep(self: Figure, path: Path, **_options: object) -> None:
+        drawn.append(self)
+        path.touch()
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    draw_history(tmp_path / "one.png", HISTORY, best_step=21, title="a title")
+    losses, accuracy = (
+        {str(line.get_label()): np.array(line.get_data()).tolist() for line in axes.lines} for axes in drawn[0].axes
+    )
+    steps = [row.step for row in HISTORY]
+    assert losses["training"] == [steps, [row.train_loss for row in HISTORY]]
+    assert losses["validation"] == [steps, [row.val_loss for row in HISTORY]]
+    assert accuracy["validation"] == [steps, [row.val_accuracy for row in HISTORY]]
+    assert losses["chosen: step 21"] == accuracy["chosen: step 21"] == [[21, 21], [0, 1]]
+    assert drawn[0].get_suptitle() == "a title"
 
 
 def test_one_evaluation_can_be_drawn(tmp_path: Path) -> None:

@@ -52,8 +52,10 @@ def encoder() -> KnownVectors:
 
 @pytest.fixture(scope="module")
 def cache(encoder: KnownVectors, tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    """Return a cache of several shards."""
-    return make_cache(tmp_path_factory.mktemp("tensors") / "cache", random_rows(), encoder, shard_rows=4)
+    """Return a cache of several shards, in which an earlier table has mixed the rows up."""
+    path = tmp_path_factory.mktemp("tensors") / "cache"
+    make_cache(path, random_rows()[:20:-1], encoder, name="earlier", shard_rows=4)
+    return make_cache(path, random_rows(), encoder, shard_rows=4)
 
 
 @pytest.fixture(params=["resident", "streamed"])
@@ -63,7 +65,7 @@ def load(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cal
         monkeypatch.setattr(tensors, "MEMORY_SHARE", 0)
 
     def load(cache: Cache) -> PreferenceData:
-        data = load_preferences(cache, cache.comparisons(), device="cpu")
+        data = load_preferences(cache, cache.comparisons("table"), device="cpu")
         assert data.streamed == (request.param == "streamed")
         return data
 
@@ -101,7 +103,7 @@ def test_large_tables_are_taken_row_by_row(tmp_path: Path) -> None:
     vectors = (np.arange(900 * 3).reshape(900, 3) / 8).astype(np.float32)
     rows = random_rows(700, prompts=900, responses=900)
     cache = make_cache(tmp_path / "cache", rows, known_vectors(vectors, vectors))
-    data = load_preferences(cache, cache.comparisons(), device="cpu")
+    data = load_preferences(cache, cache.comparisons("table"), device="cpu")
     batch = data.batch(torch.tensor([1, 1, 2]))
     assert (len(batch.prompts), len(batch.responses)) == (3, 6)
     for at, row in enumerate(rows[i] for i in (1, 1, 2)):
@@ -112,7 +114,7 @@ def test_large_tables_are_taken_row_by_row(tmp_path: Path) -> None:
 @settings(max_examples=30, deadline=None)
 @given(size=st.integers(1, N + 3), rows=st.lists(st.integers(0, N - 1), max_size=20))
 def test_batches_are_all_comparisons_in_order(cache: Cache, size: int, rows: list[int]) -> None:
-    data = load_preferences(cache, cache.comparisons(), device="cpu").take(np.array(rows, np.int64))
+    data = load_preferences(cache, cache.comparisons("table"), device="cpu").take(np.array(rows, np.int64))
     batches = list(data.batches(size))
     assert all(len(batch.y) <= size for batch in batches)
     expected = [random_rows()[row] for row in rows]
@@ -121,9 +123,9 @@ def test_batches_are_all_comparisons_in_order(cache: Cache, size: int, rows: lis
 
 
 def test_streamed_and_resident_data_are_the_same(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    resident = load_preferences(cache, cache.comparisons(), device="cpu")
+    resident = load_preferences(cache, cache.comparisons("table"), device="cpu")
     monkeypatch.setattr(tensors, "MEMORY_SHARE", 0)
-    streamed = load_preferences(cache, cache.comparisons(), device="cpu")
+    streamed = load_preferences(cache, cache.comparisons("table"), device="cpu")
     assert (resident.streamed, streamed.streamed) == (False, True)
     for first, second in zip(resident.batches(10), streamed.batches(10), strict=True):
         for field in dataclasses.fields(first):
@@ -133,13 +135,13 @@ def test_streamed_and_resident_data_are_the_same(cache: Cache, monkeypatch: pyte
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_every_stored_type_comes_back_as_float32(tmp_path: Path, encoder: KnownVectors, dtype: StoredDtype) -> None:
     cache = make_cache(tmp_path / "cache", random_rows(), encoder, dtype=dtype)
-    data = load_preferences(cache, cache.comparisons(), device="cpu")
+    data = load_preferences(cache, cache.comparisons("table"), device="cpu")
     first = encoder.vectors["prompt", str(random_rows()[0]["prompt"])]
     assert data.batch(torch.tensor([0])).prompts[0].tolist() == first.tolist()
 
 
 def test_users_are_renumbered_by_id(cache: Cache) -> None:
-    data = load_preferences(cache, cache.comparisons(), device="cpu")
+    data = load_preferences(cache, cache.comparisons("table"), device="cpu")
     ids = [data.users[user] for user in data.user.tolist()]
     moved = data.with_users(["someone", "user 2", "user 0", "user 1"])
     assert moved.users == ("someone", "user 2", "user 0", "user 1")
@@ -150,7 +152,7 @@ def test_users_are_renumbered_by_id(cache: Cache) -> None:
 
 
 def test_take_shares_the_vectors(cache: Cache) -> None:
-    data = load_preferences(cache, cache.comparisons(), device="cpu")
+    data = load_preferences(cache, cache.comparisons("table"), device="cpu")
     part = data.take(np.array([7, 2]))
     assert len(part) == 2
     assert part.prompts is data.prompts
@@ -158,13 +160,13 @@ def test_take_shares_the_vectors(cache: Cache) -> None:
 
 
 def test_an_empty_part_has_empty_batches(cache: Cache) -> None:
-    none = load_preferences(cache, cache.comparisons(), device="cpu").take(np.empty(0, np.int64))
+    none = load_preferences(cache, cache.comparisons("table"), device="cpu").take(np.empty(0, np.int64))
     assert [len(batch.y) for batch in none.batches(4)] in ([], [0])
 
 
 def test_ties_are_kept(tmp_path: Path, encoder: KnownVectors) -> None:
     cache = make_cache(tmp_path / "cache", random_rows(), encoder)
-    stored = cache.comparisons()
+    stored = cache.comparisons("table")
     y = stored.comparisons.y.copy()
     y[4] = 0
     tied = dataclasses.replace(stored, comparisons=dataclasses.replace(stored.comparisons, y=y))
@@ -175,7 +177,7 @@ def test_texts_that_the_cache_lacks_are_refused(cache: Cache, tmp_path: Path, en
     rows = random_rows()
     small = make_cache(tmp_path / "small", rows[:3], encoder)
     spaces = small.comparisons().spaces
-    everything = cache.comparisons()
+    everything = cache.comparisons("table")
     stored = StoredComparisons("all", everything.comparisons, everything.fingerprint, spaces, {})
     with pytest.raises(
         MismatchError, match=r"of 5 prompts of the table all have no vector in .*small \(the first has the"
@@ -185,9 +187,9 @@ def test_texts_that_the_cache_lacks_are_refused(cache: Cache, tmp_path: Path, en
 
 def test_an_unknown_space_or_device_is_refused(cache: Cache) -> None:
     with pytest.raises(InputError, match="choose one with --space"):
-        load_preferences(cache, cache.comparisons(), space="nothing", device="cpu")
+        load_preferences(cache, cache.comparisons("table"), space="nothing", device="cpu")
     with pytest.raises(InputError, match="expected auto, cpu, cuda"):
-        load_preferences(cache, cache.comparisons(), device="abacus")
+        load_preferences(cache, cache.comparisons("table"), device="abacus")
 
 
 def test_one_of_two_encoders_is_chosen_by_its_model(tmp_path: Path, encoder: KnownVectors) -> None:
@@ -196,9 +198,9 @@ def test_one_of_two_encoders_is_chosen_by_its_model(tmp_path: Path, encoder: Kno
     make_cache(path, rows, encoder)
     cache = make_cache(path, rows, other)
     with pytest.raises(InputError, match=r"2 encoders .*choose one with --space"):
-        load_preferences(cache, cache.comparisons(), device="cpu")
+        load_preferences(cache, cache.comparisons("table"), device="cpu")
     once, twice = (
-        load_preferences(cache, cache.comparisons(), space=name, device="cpu").batch(torch.arange(N)).prompts
+        load_preferences(cache, cache.comparisons("table"), space=name, device="cpu").batch(torch.arange(N)).prompts
         for name in ("known", "double")
     )
     assert torch.equal(2 * once, twice)
@@ -209,7 +211,7 @@ def test_a_vector_that_is_not_finite_is_refused(
     tmp_path: Path, encoder: KnownVectors, monkeypatch: pytest.MonkeyPatch, *, streamed: bool
 ) -> None:
     cache = make_cache(tmp_path / "cache", random_rows(), encoder)
-    space_id = cache.comparisons().spaces[0][1]
+    space_id = cache.comparisons("table").spaces[0][1]
     path = cache.space(space_id).shards[0].path
     content = path.read_bytes()
     damaged = encoder.vectors["response", "response 3"].tobytes()
@@ -220,11 +222,11 @@ def test_a_vector_that_is_not_finite_is_refused(
     with pytest.raises(
         NumericsError, match=rf"The vector of row \d+ in the response space {space_id[:8]} is not finite"
     ):
-        list(load_preferences(cache, cache.comparisons(), device="cpu").batches(5))
+        list(load_preferences(cache, cache.comparisons("table"), device="cpu").batches(5))
 
 
 def test_a_table_of_vectors_says_how_many_it_has(cache: Cache) -> None:
-    space = cache.space(cache.comparisons().spaces[0][0])
+    space = cache.space(cache.comparisons("table").spaces[0][0])
     table = VectorTable(space, np.array([2, 0, 1]), torch.device("cpu"), resident=True)
     assert len(table) == 3
     assert torch.equal(table.take(torch.tensor([1])), space.rows(np.array([0])).float())

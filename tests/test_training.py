@@ -18,7 +18,7 @@ from palcache.cache import Cache
 from palcache.configs import FitConfig, HeadConfig
 from palcache.errors import InputError, NumericsError
 from palcache.heads import PalB, Parameters
-from palcache.tensors import PreferenceData, VectorTable, load_preferences
+from palcache.tensors import PairBatch, PreferenceData, VectorTable, load_preferences
 from palcache.training import FitProgress, FitResult, FitState, epoch_order, fit, validate
 from tests.worlds import PLANTED_FIT, PLANTED_HEAD, make_cache, planted_rows, splits_of
 
@@ -91,6 +91,27 @@ def test_a_stop_at_any_evaluation_changes_nothing(shape: PalB, data: dict[str, P
         again = run(shape, data, QUICK, state=state)
         assert same(again.parameters, whole.parameters), state.step
         assert (again.history, again.best_step) == (whole.history, whole.best_step)
+
+
+def test_each_epoch_takes_every_comparison_once_in_an_order_of_its_own(
+    shape: PalB, data: dict[str, PreferenceData], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[list[int]] = []
+    batch = PreferenceData.batch
+
+    def watched(self: PreferenceData, rows: torch.Tensor) -> PairBatch:
+        if self is data["train"]:
+            taken.append(rows.tolist())
+        return batch(self, rows)
+
+    monkeypatch.setattr(PreferenceData, "batch", watched)
+    run(shape, data, replace(QUICK, epochs=3, evaluations=7))
+    n, steps = len(data["train"]), -(-len(data["train"]) // QUICK.batch_size)
+    assert len(taken) == 3 * steps
+    assert {len(rows) for rows in taken} <= {n // steps, n // steps + 1}  # no small last batch
+    orders = [[row for rows in taken[at : at + steps] for row in rows] for at in range(0, 3 * steps, steps)]
+    assert all(sorted(order) == list(range(n)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 3
 
 
 def test_a_state_is_not_changed_by_going_on_from_it(shape: PalB, data: dict[str, PreferenceData]) -> None:

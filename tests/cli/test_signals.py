@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.conftest import Invoke
 from tests.worlds import make_cache, planted_rows
 
 Start = Callable[..., subprocess.Popen[str]]
@@ -33,15 +34,19 @@ def stop(process: subprocess.Popen[str], number: signal.Signals) -> tuple[int, s
 
 
 @pytest.mark.usefixtures("sample_cache")
-def test_embed_stops_on_sigterm_and_goes_on(start: Start, tmp_path: Path) -> None:
-    """Small batches and small shards: the first shard is sealed while most texts are still to come."""
+def test_embed_stops_on_sigterm_and_goes_on(start: Start, invoke: Invoke, tmp_path: Path) -> None:
+    """Small batches and small shards: the first one is being filled while most texts are still to come."""
     table, cache = tmp_path / "table.jsonl", tmp_path / "cache"
-    rows = [
-        {"user_id": "a", "prompt": "the one prompt", "response_1": f"{i} " + "word " * 60, "response_2": f"{i}", "y": 1,
-         "split": "train"}
-        for i in range(120)
-    ]  # fmt: skip
-    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with table.open("w") as file:
+        for i in range(120):
+            row = {
+                "user_id": "a",
+                "prompt": "the prompt",
+                "response_1": f"{i} " + "word " * 40,
+                "response_2": f"{i}",
+                "y": 1,
+            }
+            file.write(json.dumps({**row, "split": "train"}) + "\n")
     command = ("embed", table, "--cache", cache, "--token-budget", 256, "--shard-rows", 40, "--json")
     process = start(*command)
     wait_for(process, cache, "spaces/*/shards/*.partial")
@@ -50,29 +55,24 @@ def test_embed_stops_on_sigterm_and_goes_on(start: Start, tmp_path: Path) -> Non
     assert "Stopped; what was finished is kept." in err
     assert "Traceback" not in err
     assert not list(cache.glob("comparisons/*.h5"))
-    again = start(*command)
-    out, err = again.communicate(timeout=TIMEOUT)
-    assert again.returncode == 0, err
-    summary = json.loads(out)
-    assert summary["distinct"] == {"prompt": 1, "response": 240}
+    again = invoke(*command)
+    assert again.exit_code == 0, again.stderr
+    assert json.loads(again.stdout)["distinct"] == {"prompt": 1, "response": 240}
     assert not list(cache.glob("spaces/*/shards/*.partial"))
     assert not list(cache.glob("spaces/*/shards/*.claim"))
-    assert start("cache", "verify", cache).wait(TIMEOUT) == 0
+    assert invoke("cache", "verify", cache).exit_code == 0
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_train_head_stops_and_says_how_to_go_on(
-    start: Start, tmp_path: Path, number: signal.Signals, code: int
-) -> None:
+def test_train_head_stops_on_ctrl_c_and_says_how_to_go_on(start: Start, invoke: Invoke, tmp_path: Path) -> None:
     cache, run, options = make_cache(tmp_path / "cache", *planted_rows()).path, tmp_path / "run", tmp_path / "long.toml"
     options.write_text("epochs = 20000\nevaluations = 20000\npatience = 0\np = 4\n")
     process = start("train-head", cache, "--run", run, "--config", options, "--device", "cpu", "--json")
     wait_for(process, run, "state.safetensors")
-    found, out, err = stop(process, number)
-    assert (found, out) == (code, "")
+    code, out, err = stop(process, signal.SIGINT)
+    assert (code, out) == (130, "")
     assert "train-head: with --resume" in err
     assert "Traceback" not in err
     assert sorted(path.name for path in run.iterdir()) == ["config.json", "state.safetensors"]
-    evaluated = start("evaluate", run, "--cache", cache)
-    assert "go on with palcache train-head" in evaluated.communicate(timeout=TIMEOUT)[1]
-    assert evaluated.returncode == 2
+    evaluated = invoke("evaluate", run, "--cache", cache)
+    assert evaluated.exit_code == 2
+    assert "go on with palcache train-head" in evaluated.stderr

@@ -266,6 +266,10 @@ def test_the_start_is_one_map_with_small_differences_and_users_in_the_middle() -
     mean = weight.mean(0)
     assert mean.std() == pytest.approx(1 / np.sqrt(3 * 40), rel=0.1)
     assert 0.02 < float((weight - mean).std() / mean.std()) < 0.15
+    generator = torch.Generator().manual_seed(7)
+    head.items.initial(generator)
+    shared = replace(head.prototypes, copies=1).initial(generator)
+    torch.testing.assert_close(mean, shared["0.weight"][0])  # the differences sum to zero
     again = head.initial(torch.Generator().manual_seed(7))
     assert all(torch.equal(value, again[name]) for name, value in parameters.items())
     other = head.initial(torch.Generator().manual_seed(8))

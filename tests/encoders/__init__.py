@@ -1,0 +1,1 @@
+"""Tests of the encoders, with tiny models built in code."""
