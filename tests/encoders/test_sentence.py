@@ -191,7 +191,7 @@ def test_threads_may_tokenise_and_encode_at_once(models: dict[str, Path]) -> Non
                 rows = random.choice(len(TEXTS), 3)
                 vectors = encoder.encode(window, rows, "response").numpy()
                 np.testing.assert_allclose(vectors, expected[rows], atol=1e-5)
-                encoder.tokenize(TEXTS[:2], "response")
+                encoder._tokenize(TEXTS[:2], "response")
         except BaseException as error:
             errors.append(error)
 
