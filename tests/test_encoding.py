@@ -21,15 +21,18 @@ import numpy as np
 import pytest
 import torch
 
+import palcache.layouts
 from palcache.cache import Cache, Space
+from palcache.claims import Claim, Standing, survey
 from palcache.comparisons import Comparisons
 from palcache.configs import EmbedConfig
 from palcache.encoders import Role
 from palcache.encoding import EmbedProgress, EmbedSummary, embed_comparisons, plan_embedding
 from palcache.errors import InputError, ModelError, NumericsError, StorageError
 from palcache.fingerprints import text_keys
-from palcache.shards import FAILED, TRUNCATED
+from palcache.shards import FAILED, TRUNCATED, ShardWriter
 from palcache.verification import verify_cache
+from palcache.writers import SpaceWriter
 from tests.children import CONTEXT, DIED, embed, embed_limited, embed_together, embed_until, finish, start
 from tests.stubs import MAX_WORDS, StubEncoder, as_encoder, contents, differing, small_table, texts_of
 
@@ -317,11 +320,11 @@ def test_killed_at_every_kind_of_moment_a_run_resumes_to_the_same_bytes(folder: 
     assert min(stood[kind] for kind in (".claim", ".partial", ".tmp")) >= 3, stood
 
 
-@pytest.mark.parametrize("point", ["draft", "seal", "publish", "record"])
+@pytest.mark.parametrize("point", ["claim", "draft", "batch", "seal", "publish", "record"])
 def test_killed_at_a_chosen_point_a_run_resumes_to_the_same_bytes(
     folder: Path, reference: dict[str, bytes], point: str
 ) -> None:
-    """Keys not yet written, sums but no seal, a name but a claim, a shard but no journal line."""
+    """A claim without its name, no keys yet, half a batch, sums but no name, a name and a claim, no journal line."""
     assert finish(start(die_at, folder / "cache", point)) == DIED
     run(folder / "cache")
     assert verify_cache(Cache(folder / "cache")).problems == ()
@@ -330,15 +333,13 @@ def test_killed_at_a_chosen_point_a_run_resumes_to_the_same_bytes(
 
 def die_at(path: Path, point: str) -> None:
     """Embed and die at a point of the second shard."""
-    import palcache.layouts
-    from palcache.claims import Claim
-    from palcache.shards import ShardWriter
-
     calls: Counter[str] = Counter()
 
-    def fatal(function: Callable[..., Any], *, after: bool) -> Callable[..., Any]:
+    def fatal(function: Callable[..., Any], *, after: bool, only: str) -> Callable[..., Any]:
         def wrapper(*arguments: Any, **options: Any) -> Any:
-            calls[point] += 1
+            calls[point] += only in str(arguments[0])
+            if calls[point] == 2 and point == "batch":
+                function(arguments[0], *(argument[: len(arguments[1]) // 2] for argument in arguments[1:]))
             result = function(*arguments, **options) if after or calls[point] < 2 else None
             if calls[point] == 2:
                 os._exit(DIED)
@@ -346,14 +347,16 @@ def die_at(path: Path, point: str) -> None:
 
         return wrapper
 
-    places: dict[str, tuple[Any, str, bool]] = {
-        "draft": (palcache.layouts, "_reserve", True),
-        "seal": (ShardWriter, "seal", True),
-        "publish": (Claim, "drop", False),
-        "record": (Cache, "record", False),
+    places: dict[str, tuple[Any, str, bool, str]] = {
+        "claim": (Path, "replace", False, ".claim.tmp"),
+        "draft": (palcache.layouts, "_reserve", True, ""),
+        "batch": (ShardWriter, "write", False, ""),
+        "seal": (ShardWriter, "seal", True, ""),
+        "publish": (Claim, "drop", False, ""),
+        "record": (Cache, "record", False, ""),
     }
-    owner, name, after = places[point]
-    setattr(owner, name, fatal(getattr(owner, name), after=after))
+    owner, name, after, only = places[point]
+    setattr(owner, name, fatal(getattr(owner, name), after=after, only=only))
     run(path)
 
 
@@ -405,10 +408,9 @@ def test_a_shard_begun_by_other_libraries_starts_anew(folder: Path) -> None:
     begin(folder / "cache", small_table(), StubEncoder(library="1"))
     run(folder / "cache", None, StubEncoder(library="2"))
     run(folder / "whole", None, StubEncoder(library="2"))
-    mixed, whole = contents(folder / "cache"), contents(folder / "whole")
-    assert len([name for name in mixed if name in whole and mixed[name] == whole[name]]) > 6
-    shards = [shard for role in ROLES for shard in space_of(folder / "cache", role).shards]
-    assert {shard.header.versions["stub"] for shard in shards} == {"1", "2"}
+    mixed, whole = (space_of(folder / name, "response").shards for name in ("cache", "whole"))
+    assert [shard.header.versions["stub"] for shard in mixed] == ["1", "2", "2", "2"]
+    assert [shard.path.name for shard in mixed[1:]] == [shard.path.name for shard in whole[1:]]
 
 
 def test_a_dead_writers_shard_is_left_to_who_has_its_texts(folder: Path) -> None:
@@ -460,6 +462,28 @@ def test_a_writer_takes_over_from_a_killed_one(folder: Path) -> None:
     assert sum(encoded.values()) - len(encoded) <= max(alone.batches)
     assert verify_cache(Cache(folder / "cache")).problems == ()
     assert set(differing(contents(folder / "cache"), contents(folder / "alone"))) <= {"journal.jsonl"}
+
+
+def test_claims_are_looked_at_before_sealed_shards(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other way round, a shard sealed between the two looks would be in neither, and be encoded again."""
+    looks: list[str] = []
+    sealed_rows = SpaceWriter._sealed_rows
+
+    def watched_survey(path: Path) -> Standing:
+        looks.append("claims")
+        return survey(path)
+
+    def watched_rows(self: SpaceWriter, path: Path) -> Any:
+        looks.append("shards")
+        return sealed_rows(self, path)
+
+    monkeypatch.setattr("palcache.writers.survey", watched_survey)
+    monkeypatch.setattr(SpaceWriter, "_sealed_rows", watched_rows)
+    run(folder)
+    at = [number for number, look in enumerate(looks) if look == "claims"]
+    assert len(at) > 6
+    assert looks[0] == "claims"
+    assert {looks[number + 1] for number in at} == {"shards"}
 
 
 def test_writers_of_different_tables_share_what_they_can(folder: Path) -> None:
@@ -528,7 +552,7 @@ def test_a_shard_without_a_single_vector_is_left_out(folder: Path) -> None:
 
 
 def test_failures_are_reported_once_after_a_kill(folder: Path) -> None:
-    """Killed on either side of the report, a resumed run leaves one line, also after a line cut short."""
+    """Killed on either side of the report, and with the report cut short, a resumed run leaves one line."""
     table = small_table(3, 7)
     encoder = StubEncoder(fails_on=frozenset(texts_of(table, "response")[5:6]))
     assert finish(start(embed_until, folder / "whole", table, encoder, CONFIG, -1)) == 0
@@ -537,16 +561,9 @@ def test_failures_are_reported_once_after_a_kill(folder: Path) -> None:
         path = folder / f"cache-{moment}"
         finish(start(embed_until, path, table, encoder, CONFIG, moment))
         for report in path.glob("spaces/*/failed.jsonl"):
-            with report.open("ab") as file:
-                file.write(b'{"error":"cut sh')
+            os.truncate(report, report.stat().st_size // 2)
         run(path, table, encoder)
-        found = {name: content for name, content in contents(path).items() if not name.endswith("failed.jsonl")}
-        assert set(differing(found, reference)) <= {name for name in reference if name.endswith("failed.jsonl")}
-        (report,) = path.glob("spaces/*/failed.jsonl")
-        lines = report.read_bytes().splitlines()
-        assert [line for line in lines if not line.endswith(b"cut sh")] == [
-            line for name in reference if name.endswith("failed.jsonl") for line in reference[name].splitlines()
-        ]
+        assert differing(contents(path), reference) == [], moment
 
 
 def test_failed_rows_of_a_begun_shard_are_retried(folder: Path) -> None:
@@ -620,7 +637,8 @@ def test_out_of_memory_with_workers_does_not_halve_for_each_of_them(folder: Path
     encoder = StubEncoder(token_budget=96, memory=48, workers=4, batch_sensitive=False)
     run(folder, table, encoder, EmbedConfig(shard_rows=100))
     assert_holds(folder, table, encoder)
-    assert np.mean(sorted(encoder.batches)[-8:]) >= 4
+    assert encoder.overflows >= 4
+    assert len(encoder.batches) < 30, "the budget was halved again and again"
 
 
 def test_memory_is_free_before_a_batch_is_tried_again(folder: Path) -> None:

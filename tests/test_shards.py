@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import h5py
 import numpy as np
@@ -185,6 +185,25 @@ def test_rows_marked_done_survive_their_writer(tmp_path: Path) -> None:
         again.seal()
     with pytest.raises(CacheError, match=r"is not sealed.*run the same palcache embed again"):
         Shard(again.path)
+
+
+@pytest.mark.parametrize("name", [POOLED, "norm"])
+def test_rows_are_marked_done_last(tmp_path: Path, name: str) -> None:
+    """A kill between the vectors and the mark leaves the rows pending; the other way round it would lose them."""
+
+    class Dying:
+        """An array to which nothing can be written any more."""
+
+        dtype = np.dtype("<f2")
+
+        def __setitem__(self, rows: Any, values: Any) -> None:
+            raise KeyboardInterrupt("killed")
+
+    writer, data = begin(tmp_path), rows_of(N, D, "float16")
+    writer._arrays[name] = cast("npt.NDArray[Any]", Dying())
+    with pytest.raises(KeyboardInterrupt, match="killed"):
+        writer.write(np.arange(N), data["vectors"], data["norms"])
+    assert writer.pending().tolist() == list(range(N))
 
 
 def test_failed_rows_are_zero_and_can_be_retried(tmp_path: Path) -> None:
