@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.measuring import clock, finish
 from palcache import PalB, PreferenceData
-from palcache.tensors import PairBatch, VectorTable
+from palcache.tensors import PairBatch, TensorTable, VectorTable
 
 Sample = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, torch.Tensor]
 Margins = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -40,8 +40,9 @@ class CachedVectors(Dataset[Sample]):
         return self.prompts[prompt], self.responses[left], self.responses[right], user, self.y[index]
 
 
-def _vectors(table: VectorTable) -> torch.Tensor:
-    return table.take(torch.arange(len(table), device=table.device)).cpu()
+def _vectors(table: VectorTable | TensorTable) -> torch.Tensor:
+    device = table.device if isinstance(table, VectorTable) else table.vectors.device
+    return table.take(torch.arange(len(table), device=device)).cpu()
 
 
 @final

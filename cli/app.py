@@ -6,7 +6,20 @@ from typing import Annotated
 
 import typer
 
-from . import cache, demo, embed, evaluate, train_head
+from . import (
+    adapt,
+    cache,
+    checkpoint,
+    demo,
+    embed,
+    evaluate,
+    import_vectors,
+    lint,
+    presets,
+    suggest,
+    train_head,
+    users,
+)
 from .failures import set_debug
 
 app = typer.Typer(
@@ -17,10 +30,17 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("embed")(embed.embed)
+app.command("import")(import_vectors.import_vectors)
 app.command("train-head")(train_head.train_head)
 app.command("evaluate")(evaluate.evaluate)
+app.command("adapt")(adapt.adapt)
+app.command("suggest")(suggest.suggest)
+app.command("users")(users.users)
+app.command("lint")(lint.lint)
 app.command("demo")(demo.demo)
+app.command("presets")(presets.presets)
 app.add_typer(cache.app, name="cache")
+app.add_typer(checkpoint.app, name="checkpoint")
 
 
 def _print_version(value: bool) -> None:

@@ -1,22 +1,36 @@
-"""`palcache cache info|verify`: what is inside a cache, and whether it is sound."""
+"""`palcache cache info|verify|ls`: what is inside a cache, and whether it is sound."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from palcache.configs import ComputeDtype, EmbedConfig
 
+from . import cache_care
 from .display import print_json, print_table, progress
 from .failures import reports_errors
-from .options import CacheArgument, DeviceOption, JsonOption
+from .options import (
+    CacheArgument,
+    ChatTemplateOption,
+    DeviceOption,
+    EncoderOption,
+    JsonOption,
+    LayerOption,
+    PoolingOption,
+    PromptTemplateOption,
+    ResponseTemplateOption,
+)
 
 if TYPE_CHECKING:
     from palcache.cache import Cache
+    from palcache.repairs import Repair
 
 _EMBED = EmbedConfig()
-app = typer.Typer(help="Look into a cache and check it.", no_args_is_help=True)
+app = typer.Typer(help="Look into a cache, check it and take care of it.", no_args_is_help=True)
 
 
 @app.command()
@@ -90,6 +104,7 @@ def _tables(cache: Cache) -> list[dict[str, Any]]:
                 "splits": {split: splits.count(split) for split in sorted(set(splits))},
                 "fingerprint": stored.fingerprint,
                 "spaces": [list(pair) for pair in stored.spaces],
+                "joint_spaces": list(stored.joint_spaces),
             }
         )
     return out
@@ -104,7 +119,16 @@ def verify(
     model: Annotated[str, typer.Option(help="The model for --reencode, as for palcache embed.")] = _EMBED.model,
     compute_dtype: Annotated[ComputeDtype, typer.Option(help="As for palcache embed.")] = _EMBED.compute_dtype,
     max_tokens: Annotated[int | None, typer.Option(help="As for palcache embed.", show_default=False)] = None,
+    encoder: EncoderOption = _EMBED.encoder,
+    pooling: PoolingOption = _EMBED.pooling,
+    layer: LayerOption = _EMBED.layer,
+    prompt_template: PromptTemplateOption = _EMBED.prompt_template,
+    response_template: ResponseTemplateOption = _EMBED.response_template,
+    chat_template: ChatTemplateOption = _EMBED.chat_template,
     device: DeviceOption = _EMBED.device,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Mend what is damaged or missing; needs the model only to encode again.")
+    ] = False,
     json_: JsonOption = False,
 ) -> None:
     """Check every byte against its sum, and with --reencode a sample of rows against the model. Exit code 1 if unsound."""
@@ -112,7 +136,13 @@ def verify(
     from palcache.verification import reencode_sample, verify_cache
 
     opened = Cache(cache)
-    total = sum(path.stat().st_size for path in cache.glob("spaces/*/shards/*.h5"))
+    config = EmbedConfig(
+        model=model, compute_dtype=compute_dtype, max_tokens=max_tokens, device=device, encoder=encoder,
+        pooling=pooling, layer=layer, prompt_template=prompt_template, response_template=response_template,
+        chat_template=chat_template,
+    )  # fmt: skip
+    mended = _repair(opened, config) if repair else None
+    total = sum(path.stat().st_size for path in Path(cache).glob("spaces/*/shards/*.h5"))
     done = 0
     with progress("verify") as bar:
 
@@ -124,19 +154,19 @@ def verify(
         found = verify_cache(opened, on_shard=advance)
     compared, lowest, problems = 0, 1.0, found.problems
     if reencode:
-        from palcache.encoders.sentence import load_encoder
+        from palcache.encoders.choices import load_encoder
 
-        encoder = load_encoder(
-            EmbedConfig(model=model, compute_dtype=compute_dtype, max_tokens=max_tokens, device=device)
-        )
-        compared, lowest, differing = reencode_sample(opened, encoder, reencode)
+        compared, lowest, differing = reencode_sample(opened, load_encoder(config), reencode)
         problems += differing
     if json_:
         print_json(
             {"sound": not problems, "shards": found.shards, "rows": found.rows, "bytes": found.nbytes,
-             "problems": list(problems), "reencoded": compared, "lowest_cosine": lowest}
+             "problems": list(problems), "reencoded": compared, "lowest_cosine": lowest,
+             "repair": asdict(mended) if mended else None}
         )  # fmt: skip
     else:
+        if mended:
+            _print_repair(mended)
         for problem in problems:
             typer.echo(problem)
         again = f"; {compared:,} rows encoded again, lowest cosine {lowest:.6f}" if compared else ""
@@ -144,3 +174,56 @@ def verify(
         typer.echo(f"{cache}: {verdict}: {found.rows:,} rows in {found.shards} shards, {found.nbytes:,} bytes{again}")
     if problems:
         raise typer.Exit(1)
+
+
+def _repair(opened: Cache, config: EmbedConfig) -> Repair:
+    from palcache.repairs import repair_cache
+    from palcache.stages import load_default
+
+    with progress("repair") as bar:
+        return repair_cache(
+            opened,
+            lambda: load_default(config),
+            on_progress=lambda at: bar.update(
+                at.tokens, at.tokens_total, f"{at.role}s {at.texts:,}/{at.texts_total:,}"
+            ),
+        )
+
+
+def _print_repair(mended: Repair) -> None:
+    typer.echo(
+        f"repaired: {mended.shards_restored} shards byte for byte, {mended.shards_rewritten} rewritten, "
+        f"{mended.shards_unreadable} unreadable; {mended.rows_encoded:,} rows encoded again"
+    )
+    if mended.rows_lost:
+        typer.echo(f"not mendable: {mended.rows_lost:,} rows whose texts are in no table; they were left out")
+
+
+@app.command("ls")
+@reports_errors
+def list_tables(cache: CacheArgument, *, json_: JsonOption = False) -> None:
+    """List the comparison tables of a cache."""
+    from palcache.cache import Cache
+
+    opened = Cache(cache)
+    tables = [
+        {**table, "bytes": (cache / "comparisons" / f"{table['name']}.h5").stat().st_size} for table in _tables(opened)
+    ]
+    if json_:
+        print_json({"path": str(cache), "comparisons": tables})
+        return
+    print_table(
+        f"comparison tables of {cache}",
+        ["name", "comparisons", "users", "texts", "encoders", "MB", "fingerprint"],
+        [
+            [t["name"], f"{t['comparisons']:,}", f"{t['users']:,}", f"{t['prompts'] + t['responses']:,}",
+             str(len(t["spaces"])), f"{t['bytes'] / 1e6:.1f}", t["fingerprint"][:8]]
+            for t in tables
+        ],
+    )  # fmt: skip
+
+
+app.command("rm")(cache_care.remove)
+app.command("compact")(cache_care.compact)
+app.command("merge")(cache_care.merge)
+app.command("export")(cache_care.export)

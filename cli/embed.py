@@ -9,13 +9,25 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from palcache.configs import ComputeDtype, EmbedConfig, SplitBy, SplitConfig, StoredDtype
+from palcache.configs import ComputeDtype, EmbedConfig, Items, SplitBy, SplitConfig, StoredDtype, TokenLevel
 
 from .display import Progress, print_json, progress, say
 from .failures import reports_errors
-from .options import DeviceOption, JsonOption, parse_pairs
+from .options import (
+    AttnOption,
+    ChatTemplateOption,
+    DeviceOption,
+    EncoderOption,
+    JsonOption,
+    LayerOption,
+    PoolingOption,
+    PromptTemplateOption,
+    ResponseTemplateOption,
+    parse_pairs,
+)
 
 if TYPE_CHECKING:
+    from palcache.comparisons import Ties
     from palcache.encoding import EmbedProgress, EmbedSummary
 
 
@@ -30,9 +42,7 @@ def embed(
     ],
     *,
     cache: Annotated[Path, typer.Option(help="The cache folder, made where it is missing.", show_default=False)],
-    model: Annotated[
-        str, typer.Option(help="minilm, a sentence-transformers id on the hub, or a folder.")
-    ] = _EMBED.model,
+    model: Annotated[str, typer.Option(help="minilm, a model's id on the hub, or a folder.")] = _EMBED.model,
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a hub model.", show_default=False)
     ] = None,
@@ -57,6 +67,10 @@ def embed(
         Literal["refuse", "drop", "half"], typer.Option(help="y = 0: refuse, drop, or half (both count one half).")
     ] = "refuse",
     device: DeviceOption = _EMBED.device,
+    devices: Annotated[
+        str | None,
+        typer.Option(help="A worker process for each: cuda:0,cuda:1, or cpu:2 for two on the CPU.", show_default=False),
+    ] = None,
     compute_dtype: Annotated[
         ComputeDtype, typer.Option(help="Type of the forward pass; auto: bfloat16 on CUDA, float32 elsewhere.")
     ] = _EMBED.compute_dtype,
@@ -67,16 +81,34 @@ def embed(
     token_budget: Annotated[
         int | None, typer.Option(help="Padded tokens per batch.  [default: by device]", show_default=False)
     ] = None,
+    encoder: EncoderOption = _EMBED.encoder,
+    pooling: PoolingOption = _EMBED.pooling,
+    layer: LayerOption = _EMBED.layer,
+    prompt_template: PromptTemplateOption = _EMBED.prompt_template,
+    response_template: ResponseTemplateOption = _EMBED.response_template,
+    chat_template: ChatTemplateOption = _EMBED.chat_template,
+    attn: AttnOption = _EMBED.attn,
+    items: Annotated[
+        Items, typer.Option(help="separate: prompts and responses by themselves; joint: prompt + response in one pass.")
+    ] = _EMBED.items,
+    tokens: Annotated[
+        TokenLevel, typer.Option(help="Keep the state of every token of responses, or of all items; see --plan.")
+    ] = _EMBED.tokens,
     shard_rows: Annotated[int, typer.Option(help="Rows per shard file.")] = _EMBED.shard_rows,
     plan: Annotated[bool, typer.Option("--plan", help="Say what would be encoded, and encode nothing.")] = False,
     json_: JsonOption = False,
 ) -> None:
     """Encode every distinct prompt and response of comparison tables into a cache.
 
-    A run always resumes: stop it at any moment and run the same command again.
+    A run always resumes: stop it at any moment and run the same command again. Several runs may share one cache: each
+    encodes its own part. Under torchrun or srun, every process takes the device of its rank.
     """
+    from palcache.devices import parse_devices
+    from palcache.errors import InputError
     from palcache.stages import embed_tables
 
+    if devices is not None and device != _EMBED.device:
+        raise InputError(f"Got --device {device} and --devices {devices}; give one of them.")
     config = EmbedConfig(
         model=model,
         revision=revision,
@@ -87,32 +119,65 @@ def embed(
         max_tokens=max_tokens,
         token_budget=token_budget,
         shard_rows=shard_rows,
+        encoder=encoder,
+        pooling=pooling,
+        layer=layer,
+        prompt_template=prompt_template,
+        response_template=response_template,
+        chat_template=chat_template,
+        attn=attn,
+        items=items,
+        tokens=tokens,
     )
     options: dict[str, Any] = {
         "name": name,
         "config": config,
         "split": SplitConfig(by=split_by, val=val, test=test, seed=seed),
         "columns": parse_pairs(map_, "--map"),
-        "ties": ties,
+        "ties": parse_ties(ties),
+        "devices": parse_devices(devices) if devices is not None else (),
     }
     if plan:
         summary = embed_tables(tables, cache, plan=True, **options)
     else:
         with progress("embed") as bar:
-            summary = embed_tables(tables, cache, on_progress=_Reporter(bar), **options)
+            summary = embed_tables(tables, cache, on_progress=Reporter(bar), **options)
+    report_summary(summary, cache, plan=plan, json_=json_)
+
+
+def parse_ties(ties: str) -> Ties:
+    """Return what to do with y = 0.
+
+    Raises:
+        InputError: it is none of the choices.
+    """
+    from palcache.errors import InputError
+
+    choices: dict[str, Ties] = {"refuse": "refuse", "drop": "drop", "half": "half"}
+    if ties not in choices:
+        raise InputError(f"Got --ties {ties}; expected refuse, drop or half.")
+    return choices[ties]
+
+
+def report_summary(summary: EmbedSummary, cache: Path, *, plan: bool, json_: bool) -> None:
+    """Print what was done, or with `plan` would be done."""
     if json_:
-        print_json({**asdict(summary), "repeats_saved": summary.repeats_saved, "plan": plan})
+        print_json(
+            {**asdict(summary), "repeats_saved": summary.repeats_saved,
+                    "idle_share": summary.idle_share, "plan": plan}
+        )  # fmt: skip
     else:
         _print_summary(summary, cache, plan=plan)
 
 
-class _Reporter:
+class Reporter:
     """Turns progress of the encoding into a bar with rates."""
 
     def __init__(self, bar: Progress) -> None:
         self._bar = bar
 
     def __call__(self, event: EmbedProgress) -> None:
+        """Show where the encoding stands."""
         elapsed = max(1e-9, time.perf_counter() - event.started)
         rates = f"{event.texts / elapsed:,.0f} texts/s  {event.tokens / elapsed:,.0f} tokens/s"
         text = "waiting for another writer" if event.waiting else rates
@@ -126,15 +191,23 @@ def _print_summary(summary: EmbedSummary, cache: Path, *, plan: bool) -> None:
     by_role = ", ".join(f"{count:,} {role}s" for role, count in summary.distinct.items())
     padding = f", {summary.padded:,} with padding" if summary.padded else ""
     truncated = f"; {about}{summary.truncated:,} texts truncated" if summary.truncated else ""
+    tokens = f", of which {summary.token_bytes:,} for the states of single tokens" if summary.token_bytes else ""
     stages = ", ".join(f"{stage} {value:.2f}" for stage, value in summary.seconds.items())
     lines = [
         f"{'plan for ' if plan else ''}{cache}",
         f"  texts    {summary.references:,} references, {sum(summary.distinct.values()):,} distinct ({by_role})",
         f"           {summary.hits:,} already cached, {summary.encoded:,} {verb}, {summary.repeats_saved:,} repeats saved",
         f"  tokens   {about}{summary.tokens:,}{padding}{truncated}",
-        f"  bytes    {about}{summary.new_bytes:,}",
+        f"  bytes    {about}{summary.new_bytes:,}{tokens}",
         f"  seconds  {stages}",
     ]
+    if summary.cosines:
+        lowest = ", ".join(f"{role}s {cosine:.6f}" for role, cosine in summary.cosines.items())
+        lines.append(f"  stored   lowest cosine to what was computed, on a sample: {lowest}")
+    if summary.workers > 1:
+        lines[-1] += f" (sums over {summary.workers} workers, except total)"
+    if summary.idle_share is not None:
+        lines.append(f"  idle     the device waited {summary.idle_share:.0%} of the time of encoding")
     if summary.failed:
         lines.append(
             f"  failed   {summary.failed:,} texts; see failed.jsonl in the space's folder, and embed again to retry"

@@ -11,7 +11,7 @@ import typer
 from .display import describe, print_evaluations, print_json
 from .failures import reports_errors
 from .options import ComparisonsOption, DeviceOption, JsonOption, UnknownUsersOption
-from .train_head import RULES
+from .train_head import KINDS, RULES
 
 
 @reports_errors
@@ -27,6 +27,7 @@ def evaluate(
 ) -> None:
     """Evaluate a head on comparisons: accuracy with intervals, calibration, and yardsticks beside it."""
     from palcache.cache import Cache
+    from palcache.files import read_json
     from palcache.runs import evaluate_run, evaluations_to_dict
 
     start = time.perf_counter()
@@ -42,7 +43,8 @@ def evaluate(
         seconds = time.perf_counter() - start
         print_json({"run": str(run), "seconds": seconds, **evaluations_to_dict({split: evaluations})})
         return
-    names = {"head": "PAL-B", **RULES}
+    kind = read_json(run / "config.json", "a run folder (config.json)")["head"].get("head", "pal-b")
+    names = {"head": KINDS[kind], **RULES}
     head = evaluations["head"]
     print_evaluations(describe(head, split), evaluations, names)
     if head.temperature is not None:

@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
-from palcache.configs import UnknownUsers
+from palcache.configs import EncoderKind, Pooling, UnknownUsers
 from palcache.errors import InputError
 
 CacheArgument = Annotated[Path, typer.Argument(help="The cache folder.", show_default=False)]
+RunArgument = Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]
+SpacesCacheOption = Annotated[Path, typer.Option("--cache", help="The cache folder.", show_default=False)]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 ComparisonsOption = Annotated[
@@ -18,6 +20,26 @@ ComparisonsOption = Annotated[
 ]
 UnknownUsersOption = Annotated[
     UnknownUsers, typer.Option(help="Users the head does not know: refuse, score with the mean mixture, or drop.")
+]
+
+EncoderOption = Annotated[
+    EncoderKind,
+    typer.Option(
+        help="sentence (sentence-transformers), hidden (hidden states); auto: sentence if modules.json is there."
+    ),
+]
+PoolingOption = Annotated[
+    Pooling, typer.Option(help="Of hidden states: last, mean or cls (first) token; auto: last if causal, else mean.")
+]
+LayerOption = Annotated[int, typer.Option(help="Of hidden states: 0 is the embeddings, -1 the last layer.")]
+PromptTemplateOption = Annotated[str, typer.Option(help="Around a prompt, e.g. 'Human: {text} Assistant:'.")]
+ResponseTemplateOption = Annotated[str, typer.Option(help="Around a response.")]
+ChatTemplateOption = Annotated[
+    bool, typer.Option("--chat-template", help="Write prompts, and joint items, by the tokenizer's chat template.")
+]
+AttnOption = Annotated[
+    str | None,
+    typer.Option(help="Attention: sdpa, eager, flash_attention_2, ...  [default: the model's]", show_default=False),
 ]
 
 

@@ -7,6 +7,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from palcache.choices import (
+    PROJECTOR_GRAMMAR,
+    HeadKind,
+    Loss,
+    Mixture,
+    Optimizer,
+    Precision,
+    PromptAlignment,
+    Schedule,
+    Score,
+    Start,
+    TokenWeighting,
+    UserForm,
+    UserWeights,
+    Weighting,
+)
 from palcache.configs import FitConfig, HeadConfig, read_config_file
 
 from .display import Progress, describe, print_evaluations, print_json, progress, say
@@ -17,6 +33,14 @@ if TYPE_CHECKING:
     from palcache.training import FitProgress
 
 _HEAD, _FIT = HeadConfig(), FitConfig()
+KINDS: dict[str, str] = {
+    "pal-b": "PAL-B",
+    "pal-a": "PAL-A",
+    "bradley-terry": "Bradley-Terry",
+    "low-rank": "low-rank rewards",
+    "pca": "principal directions",
+    "per-user": "a regression per user",
+}
 RULES = {"user_blind": "user-blind (k = 1)", "longer": "longer response"}
 
 
@@ -38,10 +62,71 @@ def train_head(
     ] = None,
     projector: Annotated[
         str | None,
-        typer.Option(
-            help=f"mlp{{L}}-{{relu|gelu|linear}}-dropout{{D}}[-residual][-nobias] or identity.  [default: {_HEAD.projector}]",
-            show_default=False,
-        ),
+        typer.Option(help=f"{PROJECTOR_GRAMMAR}.  [default: {_HEAD.projector}]", show_default=False),
+    ] = None,
+    head: Annotated[
+        HeadKind | None,
+        typer.Option(help=f"Kind of the head, yardsticks included.  [default: {_HEAD.head}]", show_default=False),
+    ] = None,
+    score: Annotated[
+        Score | None,
+        typer.Option(help="Reward of an item.  [default: angle; of pal-a: dist]", show_default=False),
+    ] = None,
+    user_form: Annotated[
+        UserForm | None,
+        typer.Option(help=f"Ideal point of pal-a.  [default: {_HEAD.user_form}]", show_default=False),
+    ] = None,
+    mixture: Annotated[
+        Mixture | None,
+        typer.Option(help=f"How user weights become mixtures.  [default: {_HEAD.mixture}]", show_default=False),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help=f"Of the mixtures.  [default: {_HEAD.temperature}]", show_default=False)
+    ] = None,
+    user_weights: Annotated[
+        UserWeights | None,
+        typer.Option(help=f"Weights of low-rank.  [default: {_HEAD.user_weights}]", show_default=False),
+    ] = None,
+    start: Annotated[
+        Start | None, typer.Option(help=f"How parameters are drawn.  [default: {_HEAD.start}]", show_default=False)
+    ] = None,
+    loss: Annotated[
+        Loss | None, typer.Option(help="Loss of the margins.  [default: by score]", show_default=False)
+    ] = None,
+    weighting: Annotated[
+        Weighting | None,
+        typer.Option(help=f"What counts the same in the loss.  [default: {_FIT.weighting}]", show_default=False),
+    ] = None,
+    token_weighting: Annotated[
+        TokenWeighting | None,
+        typer.Option(help="Loss at every token, weighted so; needs token vectors.", show_default=False),
+    ] = None,
+    prompt_alignment: Annotated[
+        PromptAlignment | None,
+        typer.Option(help=f"Of token losses of pal-b.  [default: {_FIT.prompt_alignment}]", show_default=False),
+    ] = None,
+    bound_weight: Annotated[
+        float | None,
+        typer.Option(help=f"Weight of norms of ideal points beyond {_FIT.bound}.  [default: 0]", show_default=False),
+    ] = None,
+    optimizer: Annotated[
+        Optimizer | None, typer.Option(help=f"[default: {_FIT.optimizer}]", show_default=False)
+    ] = None,
+    schedule: Annotated[
+        Schedule | None,
+        typer.Option(help=f"Of the learning rates.  [default: {_FIT.schedule}]", show_default=False),
+    ] = None,
+    warmup: Annotated[
+        float | None,
+        typer.Option(help=f"Share of the steps with rising rates.  [default: {_FIT.warmup}]", show_default=False),
+    ] = None,
+    precision: Annotated[
+        Precision | None,
+        typer.Option(help=f"Of the forward pass.  [default: {_FIT.precision}]", show_default=False),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="A published configuration, see palcache presets; other options win.", show_default=False),
     ] = None,
     epochs: Annotated[
         int | None,
@@ -65,25 +150,27 @@ def train_head(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
     json_: JsonOption = False,
 ) -> None:
-    """Train a PAL-B head on cached vectors; the encoder never runs."""
+    """Train a head on cached vectors; the encoder never runs."""
     from palcache.cache import Cache
     from palcache.runs import train_run
 
-    stages: dict[str, dict[str, Any]] = {"head": {}, "fit": {}}
-    if config is not None:
-        stages = read_config_file(config, {"head": HeadConfig, "fit": FitConfig})
-    origin = "options" if config is None else f"options and {config}"
-    head = HeadConfig.from_mapping(stages["head"] | _given(k=k, p=p, projector=projector), origin=origin)
-    fit = FitConfig.from_mapping(
-        stages["fit"] | _given(epochs=epochs, batch_size=batch_size, lr=lr, seed=seed), origin=origin
-    )
+    stages = _stages(preset, config)
+    shape = _given(k=k, p=p, projector=projector, head=head, score=score, user_form=user_form, mixture=mixture,
+                   temperature=temperature, user_weights=user_weights, start=start)  # fmt: skip
+    steps = _given(epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, loss=loss, weighting=weighting,
+                   token_weighting=token_weighting, prompt_alignment=prompt_alignment, bound_weight=bound_weight,
+                   optimizer=optimizer, schedule=schedule, warmup=warmup, precision=precision)  # fmt: skip
+    origins = ("options", f"the preset {preset}" if preset else None, str(config) if config else None)
+    origin = " and ".join(name for name in origins if name)
+    head_config = HeadConfig.from_mapping(stages["head"] | shape, origin=origin)
+    fit = FitConfig.from_mapping(stages["fit"] | steps, origin=origin)
     with progress("train") as bar:
         result = train_run(
             Cache(cache),
             run,
             comparisons=comparisons,
             space=space,
-            head=head,
+            head=head_config,
             config=fit,
             device=device,
             unknown_users=unknown_users,
@@ -93,7 +180,7 @@ def train_head(
     if json_:
         print_json(result.to_dict())
         return
-    names = {"head": f"PAL-B (k = {result.head.shape.k})", **RULES}
+    names = {"head": f"{KINDS[head_config.head]} (k = {result.head.shape.k})", **RULES}
     for split, evaluations in result.evaluations.items():
         print_evaluations(describe(evaluations["head"], split), evaluations, names)
     fitted = result.fitted
@@ -104,6 +191,20 @@ def train_head(
         say(
             f"{run}: trained in {result.seconds:.1f} s; {early}chose step {fitted.best_step} of {fitted.history[-1].step}"
         )
+
+
+def _stages(preset: str | None, config: Path | None) -> dict[str, dict[str, Any]]:
+    """Return the options of a preset and of a file, of which the file's win."""
+    stages: dict[str, dict[str, Any]] = {"head": {}, "fit": {}}
+    if preset is not None:
+        from palcache.presets import load_preset
+
+        found = load_preset(preset)
+        stages = {"head": dict(found.head), "fit": dict(found.fit)}
+    if config is not None:
+        for stage, values in read_config_file(config, {"head": HeadConfig, "fit": FitConfig}).items():
+            stages[stage] |= values
+    return stages
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -10,29 +10,49 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from palcache.adapted_runs import AdaptedRun as AdaptedRun
+    from palcache.adapted_runs import adapt_run as adapt_run
     from palcache.cache import Cache as Cache
     from palcache.cache import Space as Space
     from palcache.checkpoints import TrainedHead as TrainedHead
     from palcache.checkpoints import load_head as load_head
     from palcache.checkpoints import save_head as save_head
+    from palcache.compactions import compact_cache as compact_cache
     from palcache.comparisons import Comparisons as Comparisons
     from palcache.configs import EmbedConfig as EmbedConfig
     from palcache.configs import FitConfig as FitConfig
     from palcache.configs import HeadConfig as HeadConfig
     from palcache.configs import SplitConfig as SplitConfig
+    from palcache.encoders.choices import load_encoder as load_encoder
+    from palcache.encoders.hidden_states import HiddenStateEncoder as HiddenStateEncoder
     from palcache.encoders.sentence import SentenceEncoder as SentenceEncoder
-    from palcache.encoders.sentence import load_encoder as load_encoder
     from palcache.encoding import embed_comparisons as embed_comparisons
     from palcache.encoding import plan_embedding as plan_embedding
     from palcache.errors import PalcacheError as PalcacheError
     from palcache.evaluation import Evaluation as Evaluation
     from palcache.evaluation import evaluate_head as evaluate_head
     from palcache.evaluation import predict_margins as predict_margins
+    from palcache.exports import export_cache as export_cache
+    from palcache.heads import PalA as PalA
     from palcache.heads import PalB as PalB
+    from palcache.heads import build_head as build_head
+    from palcache.imported_runs import export_checkpoint as export_checkpoint
+    from palcache.imported_runs import import_checkpoint as import_checkpoint
+    from palcache.imports import import_vectors as import_vectors
+    from palcache.joints import JointData as JointData
+    from palcache.joints import load_joint as load_joint
+    from palcache.lints import lint_cache as lint_cache
+    from palcache.merges import merge_caches as merge_caches
+    from palcache.repairs import repair_cache as repair_cache
+    from palcache.presets import load_preset as load_preset
+    from palcache.run_users import list_users as list_users
+    from palcache.run_users import suggest_run as suggest_run
     from palcache.runs import RunResult as RunResult
     from palcache.runs import evaluate_run as evaluate_run
     from palcache.runs import load_run as load_run
     from palcache.runs import train_run as train_run
+    from palcache.spans import comparison_spans as comparison_spans
+    from palcache.spans import divergence_spans as divergence_spans
     from palcache.splits import split_comparisons as split_comparisons
     from palcache.stages import embed_tables as embed_tables
     from palcache.tables import read_comparisons as read_comparisons
@@ -40,9 +60,12 @@ if TYPE_CHECKING:
     from palcache.tensors import load_preferences as load_preferences
     from palcache.training import FitResult as FitResult
     from palcache.training import fit as fit
+    from palcache.vectors import NamedVectors as NamedVectors
+    from palcache.vectors import read_vectors as read_vectors
     from palcache.verification import verify_cache as verify_cache
 
 _HOMES = {
+    "AdaptedRun": "adapted_runs",
     "Cache": "cache",
     "Comparisons": "comparisons",
     "EmbedConfig": "configs",
@@ -50,6 +73,10 @@ _HOMES = {
     "FitConfig": "configs",
     "FitResult": "training",
     "HeadConfig": "configs",
+    "HiddenStateEncoder": "encoders.hidden_states",
+    "JointData": "joints",
+    "NamedVectors": "vectors",
+    "PalA": "heads",
     "PalB": "heads",
     "PalcacheError": "errors",
     "PreferenceData": "tensors",
@@ -58,20 +85,37 @@ _HOMES = {
     "Space": "cache",
     "SplitConfig": "configs",
     "TrainedHead": "checkpoints",
+    "adapt_run": "adapted_runs",
+    "compact_cache": "compactions",
+    "build_head": "heads",
+    "comparison_spans": "spans",
+    "divergence_spans": "spans",
     "embed_comparisons": "encoding",
     "embed_tables": "stages",
     "evaluate_head": "evaluation",
     "evaluate_run": "runs",
+    "export_cache": "exports",
+    "export_checkpoint": "imported_runs",
     "fit": "training",
-    "load_encoder": "encoders.sentence",
+    "import_checkpoint": "imported_runs",
+    "import_vectors": "imports",
+    "lint_cache": "lints",
+    "list_users": "run_users",
+    "load_encoder": "encoders.choices",
     "load_head": "checkpoints",
+    "load_joint": "joints",
     "load_preferences": "tensors",
+    "load_preset": "presets",
     "load_run": "runs",
+    "merge_caches": "merges",
     "plan_embedding": "encoding",
     "predict_margins": "evaluation",
     "read_comparisons": "tables",
+    "read_vectors": "vectors",
+    "repair_cache": "repairs",
     "save_head": "checkpoints",
     "split_comparisons": "splits",
+    "suggest_run": "run_users",
     "train_run": "runs",
     "verify_cache": "verification",
 }

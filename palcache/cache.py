@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, final
 
-from palcache.claims import locked
+import numpy.typing as npt
+import torch
+
 from palcache.comparison_files import StoredComparisons, read_stored, write_stored
-from palcache.errors import CacheError, InputError, MismatchError
-from palcache.files import read_json, storage_errors, sync_folder, write_bytes, write_json
-from palcache.fingerprints import canonical_json, digest
+from palcache.errors import CacheError, InputError, MismatchError, StorageError
+from palcache.files import read_json, storage_errors, sync_folder, write_json
+from palcache.fingerprints import digest
+from palcache.journals import journal_line, read_journal, write_journal
+from palcache.locks import locked
 from palcache.shards import Shard
 from palcache.spaces import Space
 
-__all__ = ["MANIFEST", "Cache", "Space", "spaces_of"]
+__all__ = ["MANIFEST", "Cache", "Space", "joint_space_of", "spaces_of"]
 
 FORMAT: Final = "palcache"
 VERSION: Final = 1
@@ -69,7 +73,7 @@ class Cache:
             if not (path / MANIFEST).is_file():
                 write_json(path / MANIFEST, {"format": FORMAT, "version": VERSION, "spaces": {}})
         cache = cls(path)
-        cache._reconcile_journal()
+        cache.reconcile_journal()
         return cache
 
     @property
@@ -82,6 +86,11 @@ class Cache:
         about: dict[str, Any] = self._specs[space_id]["about"]
         return about
 
+    def spec(self, space_id: str) -> Mapping[str, Any]:
+        """Return what identifies a space, as the manifest has it: everything that changes the meaning of a vector."""
+        spec: dict[str, Any] = self._specs[space_id]["spec"]
+        return spec
+
     def space(self, space_id: str) -> Space:
         """Open a space.
 
@@ -92,6 +101,15 @@ class Cache:
         if space_id not in self._specs:
             raise MismatchError(f"The cache {self.path} has no space {space_id}; it has {', '.join(self.space_ids)}.")
         return Space(self.path / "spaces" / space_id, space_id, self._specs[space_id]["spec"])
+
+    def tokens(
+        self, space_id: str, indices: npt.NDArray[Any] | torch.Tensor, *, device: str | torch.device = "cpu"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the kept token states of some rows of a space: (T, d) values and (n + 1,) offsets; see `Space.tokens`.
+
+        A space is opened anew by each call; a loop keeps the `Space`.
+        """
+        return self.space(space_id).tokens(indices, device=device)
 
     def shard_paths(self, space_id: str) -> list[Path]:
         """Return the sealed shards of a space, in order."""
@@ -160,8 +178,76 @@ class Cache:
             with contextlib.suppress(CacheError):  # a damaged table is replaced
                 before = read_stored(path)
                 if before.fingerprint == stored.fingerprint:
-                    stored = replace(stored, spaces=tuple(sorted({*stored.spaces, *before.spaces})))
+                    stored = replace(
+                        stored,
+                        spaces=tuple(sorted({*stored.spaces, *before.spaces})),
+                        joint_spaces=tuple(sorted({*stored.joint_spaces, *before.joint_spaces})),
+                    )
+                    if all(getattr(stored, of) == getattr(before, of) for of in ("spaces", "joint_spaces", "about")):
+                        return  # of several processes that embed one table, the first has written it
             write_stored(path, stored)
+
+    def remove_comparisons(self, name: str) -> None:
+        """Remove a comparison table in one step; its vectors stay until the cache is compacted.
+
+        Raises:
+            InputError: there is no table of that name.
+            StorageError: the folder cannot be written.
+        """
+        path = self.path / "comparisons" / f"{name}.h5"
+        if name not in self.comparison_names:
+            listed = ", ".join(self.comparison_names) or "none"
+            raise InputError(f"The cache {self.path} has no comparison table {name} to remove; it has {listed}.")
+        with locked(path.with_name(".lock")), storage_errors(path):
+            path.unlink(missing_ok=True)
+            sync_folder(path.parent)
+
+    def swap_shards(self, space_id: str, added: Mapping[Path, int], removed: Sequence[Path]) -> None:
+        """Enter published shards (path -> rows) into the journal and remove others, journal first.
+
+        Killed at any moment, the folder holds every row of the shards that stay, and the journal names no missing shard.
+        """
+        gone = {path.name for path in removed} - {path.name for path in added}
+        with locked(self.path / ".lock"):
+            journal = self._journal().items()
+            rows = {entry: count for entry, count in journal if not (entry[0] == space_id and entry[1] in gone)}
+            rows |= {(space_id, path.name): count for path, count in added.items()}
+            write_journal(self.path / "journal.jsonl", rows)
+            for path in removed:
+                if path.name in gone:
+                    path.unlink(missing_ok=True)
+            sync_folder(self.path / "spaces" / space_id / "shards")
+
+    def drop_spaces(self, space_ids: Collection[str]) -> None:
+        """Remove spaces with their vectors, and folders of spaces that the manifest does not name; manifest first."""
+        with locked(self.path / ".lock"):
+            manifest = read_json(self.path / MANIFEST, "a palcache cache")
+            specs = manifest["spaces"]
+            manifest["spaces"] = {space_id: specs[space_id] for space_id in specs if space_id not in space_ids}
+            if len(manifest["spaces"]) != len(specs):
+                write_json(self.path / MANIFEST, manifest)
+            self._specs = manifest["spaces"]
+            write_journal(
+                self.path / "journal.jsonl",
+                {entry: rows for entry, rows in self._journal().items() if entry[0] in self._specs},
+            )
+            for folder in (self.path / "spaces").glob("*"):
+                if folder.name not in self._specs:
+                    shutil.rmtree(folder)
+
+    def set_spec(self, space_id: str, spec: Mapping[str, Any]) -> None:
+        """Put the spec that a space was named for back into a damaged manifest.
+
+        Raises:
+            MismatchError: it is another space's.
+        """
+        if digest(spec) != space_id:
+            raise MismatchError(f"Got the spec of the space {digest(spec)}; expected that of {space_id}.")
+        with locked(self.path / ".lock"):
+            manifest = read_json(self.path / MANIFEST, "a palcache cache")
+            manifest["spaces"][space_id]["spec"] = dict(spec)
+            write_json(self.path / MANIFEST, manifest)
+            self._specs = manifest["spaces"]
 
     def record(self, space_id: str, shard: Path, rows: int) -> None:
         """Append a sealed shard to the journal, durably, unless it stands there."""
@@ -170,33 +256,30 @@ class Cache:
             if (space_id, shard.name) in self._journal():
                 return
             with journal.open("ab") as file:
-                file.write(_journal_line(space_id, shard.name, rows))
+                file.write(journal_line(space_id, shard.name, rows))
                 file.flush()
                 os.fsync(file.fileno())
             sync_folder(self.path)
 
     def _journal(self) -> dict[tuple[str, str], int]:
-        """Return (space id, shard name) -> rows of every line of the journal that can be read."""
-        path = self.path / "journal.jsonl"
-        entries: dict[tuple[str, str], int] = {}
-        for line in path.read_bytes().splitlines() if path.is_file() else []:
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # cut short by a crash
-                entry = json.loads(line)
-                entries.setdefault((str(entry["space"]), str(entry["shard"])), int(entry["rows"]))
-        return entries
+        return read_journal(self.path / "journal.jsonl")
 
-    def _reconcile_journal(self) -> None:
+    def reconcile_journal(self) -> None:
         """Make the journal say what the folders hold, byte for byte; the folders win."""
-        path = self.path / "journal.jsonl"
         with locked(self.path / ".lock"):
             on_disk = {
                 (space_id, shard.name): shard for space_id in self.space_ids for shard in self.shard_paths(space_id)
             }
             rows = {entry: count for entry, count in self._journal().items() if entry in on_disk}
-            rows |= {entry: Shard(shard).header.rows for entry, shard in on_disk.items() if entry not in rows}
-            content = b"".join(_journal_line(*entry, count) for entry, count in rows.items())
-            if content != (path.read_bytes() if path.is_file() else b""):
-                write_bytes(path, content)
+            for entry, shard in on_disk.items():
+                if entry not in rows:
+                    with contextlib.suppress(CacheError, StorageError):  # damaged: verify says so
+                        rows[entry] = Shard(shard).header.rows
+            write_journal(self.path / "journal.jsonl", rows)
+
+    def journal_rows(self, space_id: str) -> dict[str, int]:
+        """Return the journal's shards of a space: name -> rows."""
+        return {name: rows for (named, name), rows in self._journal().items() if named == space_id}
 
     def missing_shards(self) -> list[tuple[str, str]]:
         """Return (space id, shard name) of the journal's shards that the folders do not have."""
@@ -210,12 +293,34 @@ class Cache:
 def _is_foreign(path: Path) -> bool:
     """Return whether there is anything at `path` but what a writer leaves that was killed while it made a cache."""
     if not path.is_dir():
-        return path.exists()
+        return path.exists() and not path.is_dir()  # it may be made this moment, by another writer
     return any(entry.name != ".lock" and not entry.match(f".{MANIFEST}.*.tmp") for entry in path.iterdir())
 
 
-def _journal_line(space_id: str, shard: str, rows: int) -> bytes:
-    return canonical_json({"rows": rows, "shard": shard, "space": space_id}) + b"\n"
+def joint_space_of(stored: StoredComparisons, choose: str | None, cache: Cache) -> str:
+    """Return the id of the space in which a table's prompts and responses are embedded together.
+
+    Args:
+        stored: the table.
+        choose: where it is embedded so by several encoders, a prefix of the space's id or the model's name.
+        cache: the cache that holds it.
+
+    Raises:
+        InputError: nothing or more than one thing fits.
+    """
+    found = [
+        space_id
+        for space_id in stored.joint_spaces
+        if choose is None or space_id.startswith(choose) or cache.about(space_id).get("model") == choose
+    ]
+    if len(found) != 1:
+        have = "; ".join(f"{cache.about(space_id).get('model')} = {space_id[:8]}" for space_id in stored.joint_spaces)
+        raise InputError(
+            f"The table {stored.name} is embedded by {len(stored.joint_spaces)} encoders jointly ({have or 'none'}) and "
+            f"{'--space ' + choose if choose else 'no --space'} fits {len(found)} of them; choose one with --space, or "
+            "embed with --items joint."
+        )
+    return found[0]
 
 
 def spaces_of(stored: StoredComparisons, choose: str | None, cache: Cache) -> tuple[str, str]:
@@ -230,6 +335,11 @@ def spaces_of(stored: StoredComparisons, choose: str | None, cache: Cache) -> tu
         InputError: nothing or more than one thing fits.
     """
     pairs: Sequence[tuple[str, str]] = stored.spaces
+    if not pairs and stored.joint_spaces:
+        raise InputError(
+            f"The table {stored.name} holds joint items only, and vectors of prompts and responses by themselves are asked "
+            "for; run palcache embed on it with --items separate too."
+        )
     if choose is not None:
         pairs = [pair for pair in pairs if pair[0].startswith(choose) or cache.about(pair[0]).get("model") == choose]
     if len(pairs) != 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -16,11 +16,10 @@ from safetensors.torch import save_file
 from palcache.errors import CacheError, InputError
 from palcache.files import write_with
 from palcache.fingerprints import canonical_json
-from palcache.heads import PalB, Parameters
+from palcache.heads import AnyHead, Head, PalB, Parameters, head_from_dict, head_to_dict
 
 FORMAT: Final = "palcache-head"
 VERSION: Final = 1
-HEAD: Final = "pal-b"
 METADATA: Final = "palcache"
 """The one entry of the file's metadata, a JSON text: safetensors writes several entries in random order."""
 
@@ -33,24 +32,41 @@ class TrainedHead:
     Attributes:
         shape: what the parameters mean.
         parameters: tensors on one device, as `shape.initial` names them.
-        users: ids of the users, in the order of the rows of `user.logits`.
+        users: ids of the users, in the order of the rows of `shape.mixtures`.
         about: where it comes from, as JSON values (fingerprints of cache and table, spaces, seed).
+        seen: how many of the users, from the first, were trained with it; None for all. The others were adapted later.
     """
 
-    shape: PalB
+    shape: Head
     parameters: Parameters
     users: tuple[str, ...]
     about: Mapping[str, Any]
+    seen: int | None = None
+
+    @property
+    def generic(self) -> torch.Tensor:
+        """The population's own mixture, the mean of the seen users', (k,)."""
+        return self.mixtures[: self.seen].mean(0)
 
     @property
     def mixtures(self) -> torch.Tensor:
-        """Every user's mixture over the prototypes, (u, k)."""
+        """Every user's mixture over the prototypes, (u, k), or weights of a yardstick."""
         return self.shape.mixtures(self.parameters)
 
     def to(self, device: torch.device) -> TrainedHead:
         """Return the head on another device."""
         moved = {name: value.to(device) for name, value in self.parameters.items()}
-        return TrainedHead(self.shape, moved, self.users, self.about)
+        return replace(self, parameters=moved)
+
+    def with_adapted(self, users: Sequence[str], logits: torch.Tensor) -> TrainedHead:
+        """Return the head with more users, whose weights are (u, k); no other parameter changes."""
+        if not isinstance(self.shape, PalB):
+            raise InputError(f"Users can be added to PAL-B alone, and this head is a {type(self.shape).__name__}.")
+        own = self.parameters["user.logits"]
+        parameters = {**self.parameters, "user.logits": torch.cat([own, logits.to(own)])}
+        everyone = (*self.users, *users)
+        shape = replace(self.shape, users=len(everyone))
+        return TrainedHead(shape, parameters, everyone, self.about, len(self.users) if self.seen is None else self.seen)
 
 
 @final
@@ -65,7 +81,7 @@ class HistoryRow:
         val_loss: mean validation loss, in nats.
         val_accuracy: share of validation comparisons predicted right.
         lr: learning rate of the projectors at this step.
-        scale: exp(logit_scale).
+        scale: exp(logit_scale); 1 for a head without one.
     """
 
     step: int
@@ -86,7 +102,7 @@ class FitState:
         step: optimizer steps so far.
         parameters: at this step.
         best: at the step of the lowest validation loss so far.
-        moments: AdamW's state, by parameter name and moment.
+        moments: the optimizer's state, by parameter name and moment.
         history: the evaluations so far.
     """
 
@@ -100,11 +116,11 @@ class FitState:
 def save_head(path: Path, head: TrainedHead) -> None:
     """Replace the file at `path` by a head; the same head gives the same bytes."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in head.parameters.items()}
-    texts, offsets = _pack(head.users)
+    texts, offsets = pack_texts(head.users)
     described = {
         "format": FORMAT,
         "version": VERSION,
-        "shape": {"head": HEAD, **asdict(head.shape)},
+        "shape": head_to_dict(head.shape),
         "about": head.about,
     }
     metadata = {METADATA: canonical_json(described).decode()}
@@ -129,10 +145,8 @@ def load_head(path: Path) -> TrainedHead:
         found = (described.get("format"), described.get("version"))
         if found != (FORMAT, VERSION):
             raise CacheError(f"{path} is of format {found[0]} version {found[1]}; expected {FORMAT} {VERSION}.")
-        if described["shape"].pop("head") != HEAD:
-            raise ValueError("another kind of head")
-        shape, about = PalB(**described["shape"]), described["about"]
-        users = _unpack(tensors.pop("user.id.bytes"), tensors.pop("user.id.offsets"))
+        shape, about = _shape_of(path, described["shape"]), described["about"]
+        users = unpack_texts(tensors.pop("user.id.bytes"), tensors.pop("user.id.offsets"))
         _require_fit(shape, tensors, users)
     except (KeyError, TypeError, ValueError, AttributeError, InputError) as error:
         raise CacheError(
@@ -142,26 +156,34 @@ def load_head(path: Path) -> TrainedHead:
     return TrainedHead(shape, tensors, users, about)
 
 
+def _shape_of(path: Path, values: Mapping[str, Any]) -> AnyHead:
+    try:
+        return head_from_dict(values)
+    except CacheError as error:
+        raise CacheError(f"{path}: {error}") from error
+
+
 def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     """Return a safetensors file's metadata and tensors."""
     with safe_open(path, framework="pt") as file:
         return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def _require_fit(shape: PalB, parameters: Parameters, users: Sequence[str]) -> None:
+def _require_fit(shape: Head, parameters: Parameters, users: Sequence[str]) -> None:
     expected = {name: value.shape for name, value in shape.initial(torch.Generator()).items()}
     if {name: value.shape for name, value in parameters.items()} != expected or len(users) != shape.users:
         raise ValueError("parameters, users and shape do not fit each other")
 
 
-def _pack(texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+def pack_texts(texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return strings as UTF-8 bytes and offsets, (m + 1,): any string is a user id, dots and all."""
     encoded = [text.encode() for text in texts]
     offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
     return torch.from_numpy(np.frombuffer(b"".join(encoded), np.uint8).copy()), torch.from_numpy(offsets)
 
 
-def _unpack(data: torch.Tensor, offsets: torch.Tensor) -> tuple[str, ...]:
+def unpack_texts(data: torch.Tensor, offsets: torch.Tensor) -> tuple[str, ...]:
+    """Return the strings that `pack_texts` packed."""
     content, at = data.numpy().tobytes(), offsets.tolist()
     return tuple(content[start:end].decode() for start, end in zip(at[:-1], at[1:], strict=True))
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 from palcache.comparisons import OPTIONAL, Column, Comparisons
 from palcache.errors import CacheError
 from palcache.files import HDF5_BYTES, check_space, write_with
-from palcache.fingerprints import Keys, canonical_json, text_keys
+from palcache.fingerprints import Keys, canonical_json, joint_keys, text_keys
 
 FORMAT: Final = "palcache-comparisons"
 VERSION: Final = 1
@@ -39,6 +39,7 @@ class StoredComparisons:
         fingerprint: digest of its meaning.
         spaces: (prompt space id, response space id) of every encoder that has embedded it, sorted.
         about: how it was split and read, as JSON values.
+        joint_spaces: space ids of every encoder that has embedded its prompts and responses together, sorted.
     """
 
     name: str
@@ -46,6 +47,7 @@ class StoredComparisons:
     fingerprint: str
     spaces: tuple[tuple[str, str], ...]
     about: Mapping[str, Any]
+    joint_spaces: tuple[str, ...] = ()
 
     @functools.cached_property
     def prompt_keys(self) -> Keys:
@@ -56,6 +58,16 @@ class StoredComparisons:
     def response_keys(self) -> Keys:
         """Keys of the distinct responses, (R, 16)."""
         return text_keys(self.comparisons.responses)
+
+    @functools.cached_property
+    def joint_items(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The distinct pairs of a prompt and a response, (m, 2), and each comparison's two items among them, (n, 2)."""
+        return self.comparisons.joint_items()
+
+    @functools.cached_property
+    def joint_keys(self) -> Keys:
+        """Keys of the distinct pairs, (m, 16)."""
+        return joint_keys(self.comparisons.prompts.values, self.comparisons.responses, self.joint_items[0])
 
 
 def write_stored(path: Path, stored: StoredComparisons) -> None:
@@ -71,6 +83,8 @@ def write_stored(path: Path, stored: StoredComparisons) -> None:
         "spaces": canonical_json(stored.spaces),
         "about": canonical_json(stored.about),
     }
+    if stored.joint_spaces:
+        texts["joint_spaces"] = canonical_json(stored.joint_spaces)
 
     def write(temporary: Path) -> None:
         check_space(temporary, HDF5_BYTES + sum(array.nbytes for array in arrays.values()))
@@ -110,6 +124,7 @@ def read_stored(path: Path) -> StoredComparisons:
             fingerprint = file.attrs["fingerprint"].decode()
             spaces = tuple((prompt, response) for prompt, response in json.loads(file.attrs["spaces"]))
             about = json.loads(file.attrs["about"])
+            joint_spaces = tuple(json.loads(file.attrs.get("joint_spaces", "[]")))
         found = comparisons.fingerprint()
     except (OSError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise CacheError(
@@ -119,7 +134,7 @@ def read_stored(path: Path) -> StoredComparisons:
         raise CacheError(
             f"{path} is damaged: its content does not match its fingerprint; run palcache embed on it again."
         )
-    return StoredComparisons(path.stem, comparisons, fingerprint, spaces, about)
+    return StoredComparisons(path.stem, comparisons, fingerprint, spaces, about, joint_spaces)
 
 
 def _arrays(stored: StoredComparisons) -> dict[str, npt.NDArray[Any]]:

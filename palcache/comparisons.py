@@ -175,6 +175,22 @@ class Comparisons:
             **{name: column.take(rows) for name, column in self.optional().items()},
         )
 
+    def joint_items(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return the distinct pairs of a prompt and a response, and each comparison's two items among them.
+
+        Returns:
+            Rows of prompt and response, (m, 2), in order of first appearance, and rows of these, (n, 2).
+        """
+        width = max(1, len(self.responses))
+        sides = np.stack([self.response_1, self.response_2], axis=1).astype(np.int64)
+        codes = self.prompts.codes.astype(np.int64)[:, None] * width + sides
+        distinct, first, item = np.unique(codes.reshape(-1), return_index=True, return_inverse=True)
+        order = np.argsort(first, kind="stable")
+        rank = np.empty_like(order)
+        rank[order] = np.arange(len(order))
+        ordered = distinct[order]
+        return np.stack([ordered // width, ordered % width], axis=1), rank[item.reshape(-1)].reshape(-1, 2)
+
     def with_split(self, split: Column) -> Comparisons:
         """Return the same comparisons with another split."""
         return replace(self, split=split)

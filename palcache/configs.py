@@ -4,28 +4,44 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
 import tomllib
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Final, Literal, Self, Union, get_args, get_origin, get_type_hints
 
+from palcache.choices import (
+    LINEAR_HEADS,
+    PROJECTOR,
+    PROJECTOR_GRAMMAR,
+    HeadKind,
+    Loss,
+    Mixture,
+    Optimizer,
+    Precision,
+    PromptAlignment,
+    Schedule,
+    Score,
+    Start,
+    TokenWeighting,
+    UserForm,
+    UserWeights,
+    Weighting,
+)
 from palcache.errors import InputError
 
 Device = str
 """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
-StoredDtype = Literal["float16", "bfloat16", "float32"]
+StoredDtype = Literal["float16", "bfloat16", "float32", "int8"]
+EncoderKind = Literal["auto", "sentence", "hidden"]
+Pooling = Literal["auto", "last", "mean", "cls"]
+Items = Literal["separate", "joint"]
+TokenLevel = Literal["none", "responses", "all"]
 SplitBy = Literal["auto", "row", "pair", "prompt", "user", "column"]
 UnknownUsers = Literal["refuse", "generic", "drop"]
-
-PROJECTOR = re.compile(
-    r"identity|mlp(?P<hidden>\d+)-(?P<activation>relu|gelu|linear)-dropout(?P<dropout>\d+)"
-    r"(?P<residual>-residual)?(?P<nobias>-nobias)?"
-)
-PROJECTOR_GRAMMAR = "identity or mlp{L}-{relu|gelu|linear}-dropout{D}[-residual][-nobias]"
+ExportFormat = Literal["safetensors", "parquet", "npy"]
 
 
 MIN_STEPS: Final = 600
@@ -40,6 +56,8 @@ class Config:
     """
 
     __slots__ = ()
+    later: ClassVar[frozenset[str]] = frozenset()
+    """Fields that later versions added; `to_dict` leaves them out at their defaults."""
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], *, origin: str = "configuration") -> Self:
@@ -82,8 +100,15 @@ class Config:
         return cls.from_mapping(_given(options), origin="options")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return names and values, fit for JSON and `from_mapping`."""
-        return dataclasses.asdict(self)  # type: ignore[call-overload,no-any-return]
+        """Return names and values, fit for JSON and TOML.
+
+        Fields that later versions added are left out at their defaults: what an older version trained stays the same.
+        """
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)  # type: ignore[arg-type]
+            if not (field.name in self.later and getattr(self, field.name) == field.default)
+        }
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -160,7 +185,7 @@ class EmbedConfig(Config):
     """How texts become vectors (stage 1).
 
     Attributes:
-        model: `minilm`, the id of a sentence-transformers model on the hub, or a folder.
+        model: `minilm`, the id of a model on the hub, or a folder.
         revision: branch, tag or commit of a hub model.
         trust_remote_code: let the model's repository run its own code.
         device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
@@ -168,7 +193,18 @@ class EmbedConfig(Config):
         dtype: type of the stored vectors.
         max_tokens: truncate texts to this many tokens; None keeps the model's own limit.
         token_budget: padded tokens per batch; None chooses by device.
-        shard_rows: rows per shard file.
+        shard_rows: rows per shard file; fewer where tokens are kept.
+        encoder: `sentence` (sentence-transformers), `hidden` (hidden states of any transformers model), or `auto`:
+            `sentence` where the model has a modules.json.
+        pooling: hidden states: state of the last token, mean over all, state of the first; `auto` is `last` for causal
+            models, else `mean`.
+        layer: hidden states: of which layer; 0 is the embeddings, -1 the last.
+        prompt_template: hidden states: what stands around a prompt, with `{text}` where it goes.
+        response_template: the same for a response.
+        chat_template: hidden states: write prompts, and joint items, by the tokenizer's chat template.
+        attn: hidden states: implementation of attention (`sdpa`, `eager`, `flash_attention_2`, ...); None is the model's.
+        items: `separate`: prompts and responses each by itself; `joint`: prompt + response in one forward pass.
+        tokens: hidden states: keep the state of every token of responses, or of all items.
     """
 
     model: str = "minilm"
@@ -180,6 +216,15 @@ class EmbedConfig(Config):
     max_tokens: int | None = None
     token_budget: int | None = None
     shard_rows: int = 32_768
+    encoder: EncoderKind = "auto"
+    pooling: Pooling = "auto"
+    layer: int = -1
+    prompt_template: str = "{text}"
+    response_template: str = "{text}"
+    chat_template: bool = False
+    attn: str | None = None
+    items: Items = "separate"
+    tokens: TokenLevel = "none"
 
     def __post_init__(self) -> None:
         require(bool(self.model), "Got an empty model; expected minilm, a hub id or a folder.")
@@ -187,23 +232,47 @@ class EmbedConfig(Config):
         for name in ("max_tokens", "token_budget"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"Got {name} = {value}; expected at least 1.")
+        for name in ("prompt_template", "response_template"):
+            value = getattr(self, name)
+            require(
+                value.count("{text}") == 1,
+                f"Got {name} = {value!r}; expected a text with {{text}} once, where the item goes.",
+            )
+        require(
+            not self.chat_template or self.prompt_template == self.response_template == "{text}",
+            "Got a chat template and a prompt or response template; expected one of the two: leave the other out.",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadConfig(Config):
-    """The shape of a PAL-B head.
+    """The shape of a head.
 
     Attributes:
         k: number of prototypes; 1 is the user-blind head.
         p: width of the preference space; None is the encoder's width.
         projector: name in the grammar `PROJECTOR_GRAMMAR`.
         temperature: of the softmax over a user's weights.
+        head: `pal-b`, `pal-a`, or a yardstick: `bradley-terry`, `low-rank`, `pca`, `per-user`.
+        score: how an item and an ideal point make a reward; None is `dist` for `pal-a`, else `angle`.
+        user_form: how a PAL-A user's ideal point is made.
+        mixture: how user weights become a point of the simplex.
+        user_weights: of `low-rank`: on the simplex, or free.
+        start: `shared`, prototypes with small differences and users in the middle; or `published`, both drawn at random.
     """
+
+    later: ClassVar[frozenset[str]] = frozenset({"head", "score", "user_form", "mixture", "user_weights", "start"})
 
     k: int = 2
     p: int | None = 64
     projector: str = "mlp2-relu-dropout1"
     temperature: float = 1.0
+    head: HeadKind = "pal-b"
+    score: Score | None = None
+    user_form: UserForm = "f(Pw)"
+    mixture: Mixture = "softmax"
+    user_weights: UserWeights = "simplex"
+    start: Start = "shared"
 
     def __post_init__(self) -> None:
         require(self.k >= 1, f"Got k = {self.k}; expected at least one prototype.")
@@ -215,6 +284,14 @@ class HeadConfig(Config):
         require(
             PROJECTOR.fullmatch(self.projector) is not None,
             f"Got the projector {self.projector!r}; expected {PROJECTOR_GRAMMAR}, for example mlp2-gelu-dropout05.",
+        )
+        if self.head in LINEAR_HEADS:
+            require(
+                self.score is None, f"Got the score {self.score} for {self.head}; scores belong to pal-a and pal-b."
+            )
+        require(
+            self.head == "pal-a" or self.user_form == "f(Pw)",
+            f"Got the user form {self.user_form} for {self.head}; user forms belong to pal-a.",
         )
 
 
@@ -228,12 +305,27 @@ class FitConfig(Config):
         lr: peak learning rate of the projectors.
         lr_users: peak learning rate of the user weights.
         lr_scale: peak learning rate of logit_scale.
-        weight_decay: of the projectors (AdamW, decoupled).
-        warmup: share of the steps in which the learning rates rise linearly; after that they fall as a cosine to 0.
+        weight_decay: of the projectors.
+        warmup: share of the steps in which the learning rates rise linearly.
         evaluations: how often, evenly over the run, validation is measured.
         patience: stop after this many evaluations without a lower validation loss; 0 never stops early.
         seed: of the initialisation, the order of the comparisons and the dropout.
+        lr_prototypes: peak learning rate of PAL-A's prototypes P.
+        optimizer: `adamw`, or `adam`, whose weight decay is coupled with the gradient, as published.
+        schedule: after the warmup the learning rates fall as a `cosine` or `linear` to 0, or stay `constant`.
+        loss: of the margins; None is the one that the head's score was published with.
+        weighting: every comparison counts the same, or every user of a batch does.
+        token_weighting: train on the margins at every token of the spans, weighted so; None trains on pooled vectors.
+        prompt_alignment: for token losses of PAL-B: the prompt is one vector, or its state at the response's position.
+        bound_weight: weight of the sum of the norms of the batch's ideal points beyond `bound`; 0 leaves the term out.
+        bound: norm up to which ideal points are free.
+        precision: `bfloat16` runs the forward pass under autocast; the loss and the parameters stay float32.
     """
+
+    later: ClassVar[frozenset[str]] = frozenset(
+        {"lr_prototypes", "optimizer", "schedule", "loss", "weighting", "token_weighting", "prompt_alignment",
+         "bound_weight", "bound", "precision"}
+    )  # fmt: skip
 
     batch_size: int = 256
     epochs: int | None = None
@@ -245,6 +337,16 @@ class FitConfig(Config):
     evaluations: int = 20
     patience: int = 8
     seed: int = 0
+    lr_prototypes: float = 5e-3
+    optimizer: Optimizer = "adamw"
+    schedule: Schedule = "cosine"
+    loss: Loss | None = None
+    weighting: Weighting = "comparisons"
+    token_weighting: TokenWeighting | None = None
+    prompt_alignment: PromptAlignment = "pooled"
+    bound_weight: float = 0.0
+    bound: float = 4.0
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, f"Got batch_size = {self.batch_size}; expected at least 1.")
@@ -253,7 +355,7 @@ class FitConfig(Config):
         require(self.patience >= 0, f"Got patience = {self.patience}; expected 0 (never stop early) or more.")
         require(0 <= self.warmup < 1, f"Got warmup = {self.warmup}; expected a share in [0, 1).")
         require(0 <= self.seed < 2**32, f"Got seed = {self.seed}; expected a whole number in [0, 2**32).")
-        for name in ("lr", "lr_users", "lr_scale", "weight_decay"):
+        for name in ("lr", "lr_users", "lr_scale", "lr_prototypes", "weight_decay", "bound_weight", "bound"):
             value = getattr(self, name)
             require(0 <= value < float("inf"), f"Got {name} = {value}; expected a finite number of at least 0.")
 

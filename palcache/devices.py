@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from palcache.errors import InputError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def resolve_device(device: str) -> torch.device:
@@ -29,6 +35,29 @@ def resolve_device(device: str) -> torch.device:
     if (found.index or 0) >= counts.get(found.type, 0):
         raise InputError(f"The device {device} is not on this machine; choose --device auto or cpu.")
     return found
+
+
+def parse_devices(text: str) -> list[str]:
+    """Return the devices in `cuda:0,cuda:1` or `cpu:2`, one per worker: `cpu:2` stands for two workers on the CPU.
+
+    Raises:
+        InputError: the list is empty, names a device twice, or one that is not on this machine.
+    """
+    devices: list[str] = []
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        kind, _, count = part.partition(":")
+        if kind == "cpu" and count:
+            if not count.isdigit() or int(count) < 1:
+                raise InputError(f"Got --devices {part}; expected cpu:N with N workers of at least 1.")
+            devices += ["cpu"] * int(count)
+        else:
+            devices.append(str(resolve_device(part)))
+    if not devices:
+        raise InputError(f"Got --devices {text!r}; expected devices such as cuda:0,cuda:1 or cpu:2.")
+    twice = sorted({device for device in devices if device != "cpu" and devices.count(device) > 1})
+    if twice:
+        raise InputError(f"Got --devices {text} with {', '.join(twice)} twice; name each GPU once.")
+    return devices
 
 
 def free_memory(device: torch.device) -> int:
@@ -67,3 +96,21 @@ def _table(path: str) -> dict[str, int]:
     """Return the whole numbers in one of the kernel's tables of names and numbers."""
     rows = (line.replace(":", " ").split() for line in Path(path).read_text().splitlines())
     return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
+
+
+def side_by_side(work: Callable[[Item], Result], items: Sequence[Item], device: torch.device) -> Iterator[Result]:
+    """Yield the result of each item, in order; on a CPU several at once, on one thread each.
+
+    Small tensors gain little from threads that share one operation and must wait for each other in each.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1 or len(items) < 2:
+        yield from map(work, items)
+        return
+    pool = ThreadPoolExecutor(threads, "palcache-chunk", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        with torch.no_grad():
+            yield from pool.map(work, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # a worker's share becomes the default of the process

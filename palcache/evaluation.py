@@ -86,11 +86,10 @@ def _finite(values: list[float]) -> list[float] | None:
 def predict_margins(head: TrainedHead, data: PreferenceData) -> Array:
     """Return r(response_2) - r(response_1) of each comparison, (n,) float64.
 
-    Users are found by their ids; those whom the head does not know are scored with the mean mixture of its users.
+    Users are found by their ids; those whom the head does not know are scored with the mean mixture of its seen users.
     """
     data, head = data.with_users(head.users), head.to(data.device)
-    known = head.mixtures
-    mixtures = torch.cat([known, known.mean(0, keepdim=True)])  # row -1: the population's mixture
+    mixtures = torch.cat([head.mixtures, head.generic.unsqueeze(0)])  # row -1: the population's mixture
     out = []
     for batch in data.batches(BATCH_ROWS):
         out.append(head.shape.margins(head.parameters, batch, mixtures=mixtures[batch.user]).double().cpu())

@@ -64,6 +64,20 @@ def text_keys(texts: pa.Array) -> Keys:
     return np.frombuffer(out, np.uint8).reshape(-1, KEY_BYTES)
 
 
+def joint_keys(prompts: pa.Array, responses: pa.Array, pairs: npt.NDArray[np.int64]) -> Keys:
+    """Return the keys of joint items, (m, 16); `content_key("joint", [prompt, response])` row by row.
+
+    Args:
+        prompts: distinct prompts, a `large_string` array.
+        responses: distinct responses.
+        pairs: rows of a prompt and of a response, (m, 2).
+    """
+    first: list[bytes] = prompts.cast(pa.large_binary()).to_pylist()
+    second: list[bytes] = responses.cast(pa.large_binary()).to_pylist()
+    keys = (content_key("joint", (first[prompt], second[response])) for prompt, response in pairs.tolist())
+    return np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES)
+
+
 def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal, as model hubs print it for weights."""
     with path.open("rb") as file:

@@ -8,6 +8,7 @@ dataset.
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 from collections.abc import Mapping
@@ -30,11 +31,22 @@ VERSION: Final = 1
 BLOCK_ROWS: Final = 4_096
 ALIGNMENT: Final = 4_096
 FILE_DTYPES: Final[Mapping[StoredDtype, str]] = MappingProxyType(
-    {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
+    {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2", "int8": "|i1"}
 )
 POOLED: Final = "emb/pooled"
+PROMPT: Final = "emb/prompt"
+TOKENS: Final = "tok/values"
+SCALES: Final[Mapping[str, str]] = MappingProxyType(
+    {POOLED: "scale/pooled", PROMPT: "scale/prompt", TOKENS: "scale/tok"}
+)
+"""Where the scales of int8 vectors stand, one a row: a value is its byte times the scale."""
+COSINE: Final = "cosine"
+SAMPLED_ROWS: Final = 256
+"""Rows of a shard whose cosine to the float32 vector is recorded, at most."""
 SUMMED: Final = (POOLED, "norm", "key", "n_tokens", "flags")
-"""The datasets that have a sum per `BLOCK_ROWS` rows."""
+"""The datasets of every shard that have a sum per `BLOCK_ROWS` rows."""
+_MORE: Final = (PROMPT, *SCALES.values(), "n_prompt", TOKENS, "tok/offsets", "tok/ids", COSINE)
+"""The datasets that some shards have, with a sum each."""
 _METADATA_BYTES: Final = 256 << 10
 """What HDF5 takes at most beside the rows: some 40 objects, aligned."""
 Array = npt.NDArray[Any]
@@ -63,7 +75,29 @@ class ShardHeader:
     versions: Mapping[str, str]
 
 
-def create_shard(path: Path, header: ShardHeader, keys: Keys, n_tokens: npt.NDArray[np.uint32], flags: Array) -> None:
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenRows:
+    """Which tokens of a shard's rows have their states kept.
+
+    Attributes:
+        offsets: where each row's tokens begin, (N + 1,) int64.
+        ids: their token ids, (T,) uint32.
+    """
+
+    offsets: npt.NDArray[np.int64]
+    ids: npt.NDArray[np.uint32]
+
+
+def create_shard(
+    path: Path,
+    header: ShardHeader,
+    keys: Keys,
+    n_tokens: npt.NDArray[np.uint32],
+    flags: Array,
+    *,
+    prompt_tokens: npt.NDArray[np.uint32] | None = None,
+    tokens: TokenRows | None = None,
+) -> None:
     """Create an unsealed shard at `path` with its blocks on the disk reserved; only vectors are missing.
 
     The file is there with its keys, or not at all: it is made under a temporary name beside `path`.
@@ -74,44 +108,78 @@ def create_shard(path: Path, header: ShardHeader, keys: Keys, n_tokens: npt.NDAr
         keys: row keys, (N, 16).
         n_tokens: tokens per row, (N,).
         flags: bits per row, (N,) uint8.
+        prompt_tokens: of joint items, tokens of the prompt per row, (N,).
+        tokens: whose states are kept; None keeps none.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written.
     """
+    known: dict[str, Array] = {"key": keys, "n_tokens": n_tokens, "flags": flags}
+    if prompt_tokens is not None:
+        known["n_prompt"] = prompt_tokens
+    if tokens is not None:
+        known |= {"tok/offsets": tokens.offsets, "tok/ids": tokens.ids}
+    shapes = _shapes(header, None if tokens is None else len(tokens.ids))
     draft = path.with_name(f".{path.name}.tmp")
     with storage_errors(path):
         draft.unlink(missing_ok=True)
-        check_space(draft, _METADATA_BYTES + _row_bytes(header) * header.rows)
+        check_space(draft, _METADATA_BYTES + _nbytes(shapes))
         try:
             with h5py.File(draft, "w", locking=False, alignment_threshold=1, alignment_interval=ALIGNMENT) as file:
-                for name, (dtype, shape) in _shapes(header).items():
+                for name, (dtype, shape) in shapes.items():
                     _create_dataset(file, name, dtype, shape)
                 _write_header(file, header)
             _reserve(draft)
             _, arrays = open_shard(draft, shared=True)
-            arrays["key"][:], arrays["n_tokens"][:], arrays["flags"][:] = keys, n_tokens, flags
+            for name, values in known.items():
+                arrays[name][:] = values
             draft.replace(path)
         finally:
             draft.unlink(missing_ok=True)
 
 
-def _row_bytes(header: ShardHeader) -> int:
-    return header.width * np.dtype(FILE_DTYPES[header.dtype]).itemsize + KEY_BYTES + 11
+def _nbytes(shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
+    return sum(math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in shapes.values())
 
 
-def _shapes(header: ShardHeader) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return the type and shape of every dataset."""
-    n, blocks = header.rows, -(-header.rows // BLOCK_ROWS)
-    return {
-        POOLED: (FILE_DTYPES[header.dtype], (n, header.width)),
+def _shapes(header: ShardHeader, tokens: int | None) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return type and shape of a shard's datasets; `tokens` is the number T of kept states, None where none are kept."""
+    n, vectors = header.rows, FILE_DTYPES[header.dtype]
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
+        POOLED: (vectors, (n, header.width)),
         "norm": ("<f4", (n,)),
         "key": ("|u1", (n, KEY_BYTES)),
         "n_tokens": ("<u4", (n,)),
         "flags": ("|u1", (n,)),
         "done": ("|u1", (n,)),
         "sealed": ("|u1", (1,)),
-        **{sum_name(name): ("<u8", (blocks,)) for name in SUMMED},
     }
+    if header.spec.get("prompt_state"):
+        shapes[PROMPT] = shapes[POOLED]
+    if header.spec.get("role") == "joint":
+        shapes["n_prompt"] = shapes["n_tokens"]
+    if tokens is not None:
+        shapes |= {
+            TOKENS: (vectors, (tokens, header.width)),
+            "tok/offsets": ("<i8", (n + 1,)),
+            "tok/ids": ("<u4", (tokens,)),
+        }
+    if header.dtype == "int8":
+        shapes |= {SCALES[name]: ("<f4", shapes[name][1][:1]) for name in (POOLED, PROMPT, TOKENS) if name in shapes}
+    if header.dtype != "float32":
+        shapes[COSINE] = ("<f4", (len(sampled_rows(n)),))
+    summed = [name for name in (*SUMMED, *_MORE) if name in shapes]
+    return shapes | {sum_name(name): ("<u8", (-(-shapes[name][1][0] // BLOCK_ROWS),)) for name in summed}
+
+
+def summed_in(arrays: Mapping[str, Array]) -> tuple[str, ...]:
+    """Return the datasets of a shard that have sums, in a fixed order."""
+    return (*SUMMED, *(name for name in _MORE if name in arrays))
+
+
+def sampled_rows(rows: int) -> npt.NDArray[np.int64]:
+    """Return the rows of a shard whose cosine to the float32 vector is recorded, evenly over it, ascending."""
+    return np.arange(min(rows, SAMPLED_ROWS)) * rows // max(1, min(rows, SAMPLED_ROWS))
 
 
 def _write_header(file: Any, header: ShardHeader) -> None:
@@ -167,8 +235,7 @@ def open_shard(path: Path, *, shared: bool) -> tuple[ShardHeader, dict[str, Arra
     """
     try:
         with h5py.File(path, "r", locking=False) as file:
-            header = _read_header(file, path)
-            places = {name: _find_dataset(file, path, name, *expected) for name, expected in _shapes(header).items()}
+            header, places = _read_places(file, path)
         arrays = _map_datasets(path, places, shared=shared)
     except CacheError:
         raise
@@ -181,6 +248,25 @@ def open_shard(path: Path, *, shared: bool) -> tuple[ShardHeader, dict[str, Arra
     return header, arrays
 
 
+def dataset_places(path: Path) -> Mapping[str, _Place]:
+    """Return where in a sound shard each dataset's bytes begin, with its type and shape.
+
+    Raises:
+        CacheError: a dataset is not what the header says, or is not contiguous.
+    """
+    with h5py.File(path, "r", locking=False) as file:
+        return _read_places(file, path)[1]
+
+
+def _read_places(file: Any, path: Path) -> tuple[ShardHeader, dict[str, _Place]]:
+    """Return what a shard says of itself, and where its datasets lie."""
+    header = _read_header(file, path)
+    shapes = _shapes(header, int(file[TOKENS].shape[0]) if "tokens" in header.spec else None)
+    if COSINE not in file:  # optional
+        shapes = {name: expected for name, expected in shapes.items() if name not in {COSINE, sum_name(COSINE)}}
+    return header, {name: _find_dataset(file, path, name, *expected) for name, expected in shapes.items()}
+
+
 def _find_dataset(file: Any, path: Path, name: str, dtype: str, shape: tuple[int, ...]) -> _Place:
     """Return where in the file a dataset's bytes begin, with its type and shape, which must be as expected."""
     dataset = h5py.h5d.open(file.id, name.encode())
@@ -188,6 +274,8 @@ def _find_dataset(file: Any, path: Path, name: str, dtype: str, shape: tuple[int
         raise CacheError(
             f"{path}: got {dataset.dtype.str} {dataset.shape} for the dataset {name}, expected {dtype} {shape}; {_AGAIN}."
         )
+    if 0 in shape:  # what holds nothing has no place
+        return 0, np.dtype(dtype), shape
     offset = dataset.get_offset()
     if dataset.get_create_plist().get_layout() != h5py.h5d.CONTIGUOUS or offset is None:
         raise CacheError(f"{path}: the dataset {name} is not contiguous; {_AGAIN}.")

@@ -1,8 +1,9 @@
-"""From computed vectors to stored ones; what does not fit is refused, never clipped in silence."""
+"""From computed vectors to stored ones and back; what does not fit is refused, never clipped in silence."""
 
 from __future__ import annotations
 
-from typing import Any, final
+from dataclasses import dataclass
+from typing import Any, Final, final
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +11,8 @@ import torch
 
 from palcache.configs import StoredDtype
 from palcache.errors import NumericsError
+
+INT8_MAX: Final = 127
 
 
 @final
@@ -21,12 +24,32 @@ class UnfitRowError(NumericsError):
         self.row, self.finite = row, finite
 
 
-def to_stored(vectors: torch.Tensor, dtype: StoredDtype) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32]]:
-    """Return vectors as they are stored, and their norms before.
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredVectors:
+    """Vectors as they are stored, m of them.
+
+    Attributes:
+        values: (m, d); bfloat16 as its bits in uint16.
+        norms: Euclidean norms before, (m,).
+        scales: of int8, what a row's bytes are multiplied with, (m,); else None.
+        cosines: of the stored vector to what was computed, (m,); 1 where both are zero.
+    """
+
+    values: npt.NDArray[Any]
+    norms: npt.NDArray[np.float32]
+    scales: npt.NDArray[np.float32] | None
+    cosines: npt.NDArray[np.float32]
+
+
+def to_stored(vectors: torch.Tensor, dtype: StoredDtype) -> StoredVectors:
+    """Return vectors as they are stored.
+
+    A row of int8 has the scale max |x| / 127, and values are rounded to the nearest, half to even.
 
     Args:
         vectors: (m, d) float32.
-        dtype: bfloat16 is returned as its bits in uint16.
+        dtype: the stored type.
 
     Raises:
         NumericsError: a value is not finite, or beyond the range of float16.
@@ -34,13 +57,31 @@ def to_stored(vectors: torch.Tensor, dtype: StoredDtype) -> tuple[npt.NDArray[An
     vectors = vectors.float()
     norms = torch.linalg.vector_norm(vectors, dim=1)
     _refuse(~torch.isfinite(norms), "A vector is not finite", finite=False)
-    if dtype == "float16":
-        stored = vectors.half()
-        _refuse(torch.isinf(stored).any(dim=1), "A vector has a value beyond the range of float16 (65504)", finite=True)
+    scales: torch.Tensor | None = None
+    if dtype == "int8":
+        scales = vectors.abs().amax(dim=1) / INT8_MAX
+        stored = (vectors / torch.where(scales > 0, scales, 1.0)[:, None]).round().clamp(-INT8_MAX, INT8_MAX).char()
     else:
-        stored = vectors.bfloat16().view(torch.int16) if dtype == "bfloat16" else vectors
-    array: npt.NDArray[Any] = stored.cpu().numpy()
-    return array.view(np.uint16) if dtype == "bfloat16" else array, norms.cpu().numpy()
+        stored = vectors.to(getattr(torch, dtype))
+    if dtype == "float16":
+        _refuse(torch.isinf(stored).any(dim=1), "A vector has a value beyond the range of float16 (65504)", finite=True)
+    cosines = torch.ones_like(norms) if dtype == "float32" else _cosines(vectors, stored.float())
+    values: npt.NDArray[Any] = (stored.view(torch.int16) if dtype == "bfloat16" else stored).cpu().numpy()
+    return StoredVectors(
+        values.view(np.uint16) if dtype == "bfloat16" else values,
+        norms.cpu().numpy(),
+        None if scales is None else scales.cpu().numpy(),
+        cosines.cpu().numpy(),
+    )
+
+
+def _cosines(exact: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+    """Return the cosine of each stored vector to the exact one; a row's scale has no part in it."""
+    stored = stored / stored.abs().amax(dim=1, keepdim=True).clamp(min=1e-38)
+    exact = exact / exact.abs().amax(dim=1, keepdim=True).clamp(min=1e-38)
+    product = torch.linalg.vector_norm(stored, dim=1) * torch.linalg.vector_norm(exact, dim=1)
+    cosines = (exact * stored).sum(dim=1) / torch.where(product > 0, product, 1.0)
+    return torch.where((exact == 0).all(dim=1), 1.0, cosines)
 
 
 def _refuse(bad: torch.Tensor, message: str, *, finite: bool) -> None:

@@ -4,6 +4,8 @@
 RUN/
   config.json           what was trained on what: configurations, fingerprints of cache and table, versions
   head.safetensors      the head of the lowest validation loss, its users included
+  users.safetensors     its users: what is known of each, comparisons of each, and the prior of new ones (PAL-B, cosines, k > 1)
+  adapted_users.safetensors  users who were added later
   user_blind.safetensors  the k = 1 yardstick, trained with the same settings
   history.csv           every evaluation
   metrics.json          test and validation, yardsticks beside them; no wall times: the same seed gives the same bytes
@@ -26,18 +28,23 @@ import numpy.typing as npt
 import torch
 
 import palcache
-from palcache.cache import Cache, spaces_of
+from palcache.adaptation import describe_population
+from palcache.cache import Cache, joint_space_of, spaces_of
 from palcache.checkpoints import TrainedHead, load_head, read_state, save_head, write_state
+from palcache.choices import EMBED_JOINT
 from palcache.comparison_files import StoredComparisons
 from palcache.comparisons import Comparisons
 from palcache.configs import FitConfig, HeadConfig, UnknownUsers
 from palcache.errors import CacheError, InputError, MismatchError, NumericsError
 from palcache.evaluation import Evaluation, evaluate_head, evaluate_longer, known_rows
 from palcache.files import read_json, write_json
-from palcache.heads import PalB
+from palcache.heads import Head, blind_config, build_head
+from palcache.joints import load_joint_preferences
+from palcache.reductions import is_reducible
 from palcache.reports import draw_history, write_history
 from palcache.tensors import PreferenceData, load_preferences
-from palcache.training import FitProgress, FitResult, FitState, fit
+from palcache.training import FitProgress, FitResult, FitState, fit, require_vectors
+from palcache.user_files import ADAPTED, SEEN, UserTable, load_users, save_users
 
 FORMAT: Final = "palcache-run"
 VERSION: Final = 1
@@ -108,7 +115,7 @@ def train_run(  # noqa: PLR0913 - keyword-only options
     """Train a head on a cached table and leave a run folder.
 
     Training uses the table's `train` split, picks the checkpoint on `val`, and evaluates on `val` and `test`. The
-    user-blind yardstick (k = 1) is trained with the same settings and kept in the run.
+    user-blind yardstick (k = 1; for a linear head a linear reward) is trained with the same settings and kept in the run.
 
     Args:
         cache: the cache.
@@ -130,22 +137,26 @@ def train_run(  # noqa: PLR0913 - keyword-only options
     """
     head, config = head or HeadConfig(), config or FitConfig()
     stored = cache.comparisons(comparisons)
-    about = _about(cache, stored, space, head, config, unknown_users)
+    spaces = _spaces_for(cache, stored, space, head)
+    _check_vectors(cache, spaces, head, config)
+    about = _about(cache, stored, spaces, head, config, unknown_users)
     if _is_complete(path, about, resume=resume):
         return load_run(path)
-    data = load_preferences(cache, stored, space=space, device=device)
+    data = _load(cache, stored, spaces, device)
     splits = _splits(stored, data, unknown_users)
     users = splits["train"].data.users
-    shape = PalB.from_config(head, d=data.width, users=len(users))
+    shape = build_head(head, d=data.width, users=len(users))
     versions = {"palcache": palcache.__version__, "torch": torch.__version__}
     write_json(path / "config.json", {"format": FORMAT, "version": VERSION, "versions": versions, **about})
     fitted = _fit_resumably(path, shape, splits, config, on_progress)
     trained = TrainedHead(shape, fitted.parameters, users, about)
     save_head(path / "head.safetensors", trained)
-    blind = _user_blind(path, trained, splits, replace(head, k=1), config, on_progress)
+    if shape.k > 1 and is_reducible(shape):
+        _save_seen_users(path, trained, splits)
+    blind = _user_blind(path, trained, splits, head, config, on_progress)
     evaluations = {name: _evaluate(trained, blind, splits[name], splits["val"]) for name in EVALUATED}
     write_history(path / "history.csv", fitted.history)
-    title = f"{stored.name}: k = {head.k}, p = {shape.p}, seed {config.seed}"
+    title = _title(stored.name, head, shape, config)
     draw_history(path / "curves.png", fitted.history, best_step=fitted.best_step, title=title)
     summary = {"best_step": fitted.best_step, "stopped_early": fitted.stopped_early}
     write_json(path / "metrics.json", {**evaluations_to_dict(evaluations), **summary})
@@ -154,20 +165,66 @@ def train_run(  # noqa: PLR0913 - keyword-only options
     return RunResult(path, trained, evaluations, fitted.seconds, fitted)
 
 
+def _save_seen_users(path: Path, head: TrainedHead, splits: Mapping[str, _Split]) -> None:
+    """Write what new users will need: the population's prior, and what is known of each seen user."""
+    train, val = splits["train"].data, splits["val"].data
+    population, posteriors, counts = describe_population(head.to(train.device), train, val)
+    save_users(path / SEEN, UserTable(head.users, posteriors, counts, population.prior), path / "head.safetensors")
+
+
+def _with_adapted(head: TrainedHead, adapted: UserTable | None) -> TrainedHead:
+    """Return a head with the users that were added to its run; one reward for all (k = 1) has no weights to take over."""
+    if adapted is None:
+        return head
+    logits = adapted.posteriors.logits if head.shape.k > 1 else torch.zeros(len(adapted.users), 1)
+    return head.with_adapted(adapted.users, logits)
+
+
+def _spaces_for(cache: Cache, stored: StoredComparisons, space: str | None, head: HeadConfig) -> dict[str, str]:
+    """Return the ids of the spaces that a head of a configuration reads, by role."""
+    if head.head != "pal-a":
+        prompt, response = spaces_of(stored, space, cache)
+        return {"prompt": prompt, "response": response}
+    if not stored.joint_spaces:
+        raise InputError(
+            f"PAL-A reads vectors of prompt and response in one forward, and the table {stored.name} has none in "
+            f"{cache.path}; make them with {EMBED_JOINT}."
+        )
+    return {"joint": joint_space_of(stored, space, cache)}
+
+
+def _check_vectors(cache: Cache, spaces: Mapping[str, str], head: HeadConfig, config: FitConfig) -> None:
+    """Refuse what cannot be trained on the cache before anything is made."""
+    shape = build_head(head, d=cache.space(spaces.get("joint", spaces.get("response", ""))).width, users=1)
+    require_vectors(shape, config, joint="joint" in spaces, tokens=False)
+
+
+def _load(cache: Cache, stored: StoredComparisons, spaces: Mapping[str, str], device: str) -> PreferenceData:
+    """Return a table's comparisons with their vectors in some spaces."""
+    if "joint" in spaces:
+        return load_joint_preferences(cache, replace(stored, joint_spaces=(spaces["joint"],)), device=device)
+    return load_preferences(cache, replace(stored, spaces=((spaces["prompt"], spaces["response"]),)), device=device)
+
+
+def _title(table: str, head: HeadConfig, shape: Head, config: FitConfig) -> str:
+    kind = "" if head.head == "pal-b" else f"{head.head}, "
+    width = f", p = {p}" if (p := getattr(shape, "p", None)) else ""
+    return f"{table}: {kind}k = {shape.k}{width}, seed {config.seed}"
+
+
 def _about(
     cache: Cache,
     stored: StoredComparisons,
-    space: str | None,
+    spaces: Mapping[str, str],
     head: HeadConfig,
     config: FitConfig,
     unknown_users: UnknownUsers,
 ) -> dict[str, Any]:
     """Return what a run must agree on to be continued, and a cache to be evaluated."""
-    prompt, response = spaces_of(stored, space, cache)
     return {
         "table": {**stored.about, "name": stored.name, "fingerprint": stored.fingerprint},
-        "spaces": {"prompt": prompt, "response": response},
-        "encoder": dict(cache.about(prompt)),
+        "spaces": dict(spaces),
+        "encoder": dict(cache.about(spaces.get("joint", spaces.get("prompt", "")))),
         "head": head.to_dict(),
         "fit": config.to_dict(),
         "unknown_users": unknown_users,
@@ -255,7 +312,7 @@ def _splits(stored: StoredComparisons, data: PreferenceData, unknown_users: Unkn
 
 def _fit_resumably(
     path: Path,
-    shape: PalB,
+    shape: Head,
     splits: Mapping[str, _Split],
     config: FitConfig,
     on_progress: Callable[[FitProgress], None] | None,
@@ -292,23 +349,23 @@ def _user_blind(
         if on_progress:
             on_progress(replace(event, rule="user_blind"))
 
-    if head.shape.k == 1:
+    blind_already = config.user_weights == "simplex" and not head.shape.closed_form
+    if head.shape.k == 1 and blind_already:  # free weights of one reward still have a sign
         blind = head
     else:
-        shape = PalB.from_config(config, d=head.shape.d, users=len(head.users))
+        shape = build_head(blind_config(config), d=head.shape.d, users=len(head.users))
         fitted = fit(shape, splits["train"].data, splits["val"].data, fit_config, on_progress=relabel)
         blind = TrainedHead(shape, fitted.parameters, head.users, head.about)
     save_head(path / "user_blind.safetensors", blind)
     return blind
 
 
-def _evaluate(head: TrainedHead, blind: TrainedHead, split: _Split, val: _Split | None) -> dict[str, Evaluation]:
+def _evaluate(head: TrainedHead, blind: TrainedHead | None, split: _Split, val: _Split | None) -> dict[str, Evaluation]:
     validation = val.data if val else None
-    return {
-        "head": evaluate_head(head, split.data, split.comparisons, validation=validation),
-        "user_blind": evaluate_head(blind, split.data, split.comparisons, validation=validation),
-        "longer": evaluate_longer(split.comparisons),
-    }
+    out = {"head": evaluate_head(head, split.data, split.comparisons, validation=validation)}
+    if blind is not None:
+        out["user_blind"] = evaluate_head(blind, split.data, split.comparisons, validation=validation)
+    return {**out, "longer": evaluate_longer(split.comparisons)}
 
 
 def load_run(path: Path) -> RunResult:
@@ -318,7 +375,10 @@ def load_run(path: Path) -> RunResult:
         InputError: there is no run at `path`, or it is not finished.
         CacheError: a file is missing, damaged or of another version.
     """
-    _read_config(path)
+    if "imported" in _read_config(path):
+        raise InputError(
+            f"The run {path} was imported, not trained; evaluate it with palcache evaluate {path} --cache ...."
+        )
     _require_complete(path)
     metrics = read_json(path / "metrics.json", "a run's metrics")
     try:
@@ -340,7 +400,7 @@ def evaluate_run(
     device: str = "auto",
     unknown_users: UnknownUsers = "refuse",
 ) -> dict[str, Evaluation]:
-    """Evaluate a run's head and the yardsticks on a table of a cache.
+    """Evaluate a run's head, users added to the run included, and the yardsticks on a table of a cache.
 
     Args:
         path: the run folder.
@@ -351,7 +411,7 @@ def evaluate_run(
         unknown_users: what to do with users whom the head does not know.
 
     Returns:
-        The evaluations of `head`, `user_blind` and `longer`.
+        The evaluations of `head`, `user_blind` (not for an imported run) and `longer`.
 
     Raises:
         InputError: there is no finished run at `path`, or the table has no such split.
@@ -359,17 +419,24 @@ def evaluate_run(
         CacheError: a file of the run is missing, damaged or of another version.
     """
     config = _read_config(path)
-    _require_complete(path)
-    head, blind = load_head(path / "head.safetensors"), load_head(path / "user_blind.safetensors")
-    own = config["table"]["name"]
+    imported = "imported" in config
+    if not imported:
+        _require_complete(path)
+    adapted = load_users(path / ADAPTED, path / "head.safetensors")
+    head = _with_adapted(load_head(path / "head.safetensors"), adapted)
+    blind = None if imported else _with_adapted(load_head(path / "user_blind.safetensors"), adapted)
+    own = None if imported else config["table"]["name"]
     stored = cache.comparisons(own if comparisons is None and own in cache.comparison_names else comparisons)
-    spaces = (config["spaces"]["prompt"], config["spaces"]["response"])
-    if spaces not in stored.spaces:
+    if imported:
+        spaces = _spaces_for(cache, stored, None, HeadConfig(head="pal-a" if head.shape.joint else "pal-b"))
+    else:
+        spaces = _own_spaces(path, config, stored, cache)
+    data = _load(cache, stored, spaces, device)
+    if data.width != head.shape.d:
         raise MismatchError(
-            f"The run {path} was trained on the vectors of {config['encoder'].get('model')} (space {spaces[0][:8]}), and "
-            f"the table {stored.name} in {cache.path} is not embedded by it; embed it with that model, or name its cache."
+            f"The head of {path} reads vectors of width {head.shape.d}, and those of the table {stored.name} in {cache.path} "
+            f"have {data.width}; embed the table with the head's own encoder."
         )
-    data = load_preferences(cache, replace(stored, spaces=(spaces,)), device=device)
 
     def part(name: str | None) -> _Split | None:
         rows = _rows_of(stored, name)
@@ -385,9 +452,23 @@ def evaluate_run(
             f"The table {stored.name} has no comparisons in the split {split}; it has {', '.join(sorted(have)) or 'none'}: "
             "choose one with --split, or --split all."
         )
-    validation = part("val") if stored.fingerprint == config["table"]["fingerprint"] else None
+    own_table = not imported and stored.fingerprint == config["table"]["fingerprint"]
+    validation = part("val") if own_table else None
     where = data.device
-    return _evaluate(head.to(where), blind.to(where), chosen, validation)
+    return _evaluate(head.to(where), blind.to(where) if blind else None, chosen, validation)
+
+
+def _own_spaces(path: Path, config: dict[str, Any], stored: StoredComparisons, cache: Cache) -> dict[str, str]:
+    """Return the spaces that a run was trained on, which a table must be embedded in."""
+    spaces: dict[str, str] = config["spaces"]
+    first = spaces["joint"] if "joint" in spaces else spaces["prompt"]
+    found = first in stored.joint_spaces if "joint" in spaces else (first, spaces["response"]) in stored.spaces
+    if not found:
+        raise MismatchError(
+            f"The run {path} was trained on the vectors of {config['encoder'].get('model')} (space {first[:8]}), and "
+            f"the table {stored.name} in {cache.path} is not embedded by it; embed it with that model, or name its cache."
+        )
+    return spaces
 
 
 def _rows_of(stored: StoredComparisons, split: str | None) -> npt.NDArray[np.int64]:

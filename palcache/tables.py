@@ -21,7 +21,12 @@ _CSV_BLOCK = 16 << 20
 
 
 def read_comparisons(
-    paths: Sequence[Path], *, columns: Mapping[str, str] | None = None, ties: Ties = "refuse", seed: int = 0
+    paths: Sequence[Path],
+    *,
+    columns: Mapping[str, str] | None = None,
+    ties: Ties = "refuse",
+    seed: int = 0,
+    unlabelled: bool = False,
 ) -> Comparisons:
     """Read several files as one table.
 
@@ -30,6 +35,7 @@ def read_comparisons(
         columns: palcache's name of a column -> the file's name of it.
         ties: what to do with y = 0.
         seed: draws the side of the chosen response in TRL's `prompt, chosen, rejected` form.
+        unlabelled: the rows are questions: columns `y` and `user_id` are not read, and stand as +1 and `-`.
 
     Raises:
         InputError: a file is missing or broken, a column is missing or a value is not allowed.
@@ -40,7 +46,8 @@ def read_comparisons(
     if not paths:
         raise InputError("No table was given; name at least one .jsonl, .csv or .parquet file.")
     renames = _check_renames(columns or {})
-    comparisons = Comparisons.from_tables([_read_one(path, renames, ties, seed + i) for i, path in enumerate(paths)])
+    tables = [_read_one(path, renames, ties, seed + i, unlabelled=unlabelled) for i, path in enumerate(paths)]
+    comparisons = Comparisons.from_tables(tables)
     pa.default_memory_pool().release_unused()  # half a GiB for a million comparisons
     return comparisons
 
@@ -59,7 +66,7 @@ def _check_renames(columns: Mapping[str, str]) -> dict[str, str]:
     return {source: name for name, source in columns.items()}
 
 
-def _read_one(path: Path, renames: Mapping[str, str], ties: Ties, seed: int) -> pa.Table:
+def _read_one(path: Path, renames: Mapping[str, str], ties: Ties, seed: int, *, unlabelled: bool = False) -> pa.Table:
     readers = {
         ".jsonl": _read_jsonl,
         ".ndjson": _read_jsonl,
@@ -82,6 +89,11 @@ def _read_one(path: Path, renames: Mapping[str, str], ties: Ties, seed: int) -> 
         raise InputError(f"The table {path} cannot be read as {kind} ({error}); check that it is whole.") from error
     if not len(table):
         raise InputError(f"The table {path} has no rows; give at least one comparison.")
+    if unlabelled:
+        for name, value in (("user_id", "-"), ("y", "1")):
+            column = pa.array([value] * len(table), pa.large_string())
+            at = table.schema.get_field_index(name)
+            table = table.append_column(name, column) if at < 0 else table.set_column(at, name, column)
     place = Place(str(path), "row" if numbers is None else "line", numbers)
     return normalise(table, place, ties=ties, seed=seed)
 

@@ -15,6 +15,7 @@ from palcache.comparison_files import StoredComparisons
 from palcache.devices import free_memory, resolve_device
 from palcache.errors import MismatchError, NumericsError
 from palcache.fingerprints import Keys, hex_key
+from palcache.spaces import Which
 
 MEMORY_SHARE: Final = 0.4
 """Vectors go to the device at once if they fill at most this share of its free memory; else they are streamed."""
@@ -29,12 +30,21 @@ class VectorTable:
         rows: the table's rows in the space, (m,).
         device: where batches are wanted.
         resident: keep all vectors on the device.
+        which: of a joint space, the items' vectors or the states at the ends of their prompts.
     """
 
-    def __init__(self, space: Space, rows: npt.NDArray[np.int64], device: torch.device, *, resident: bool) -> None:
-        self.width, self.device = space.width, device
+    def __init__(
+        self,
+        space: Space,
+        rows: npt.NDArray[np.int64],
+        device: torch.device,
+        *,
+        resident: bool,
+        which: Which = "pooled",
+    ) -> None:
+        self.width, self.device, self._which = space.width, device, which
         self._space, self._rows = space, torch.from_numpy(rows)
-        self._resident = space.rows(rows).float().to(device) if resident else None
+        self._resident = space.rows(rows, which=which).float().to(device) if resident else None
         if self._resident is not None:
             _refuse_non_finite(self._resident, space, self._rows)
 
@@ -51,9 +61,34 @@ class VectorTable:
         if self._resident is not None:
             return torch.index_select(self._resident, 0, index)
         rows = self._rows[index.cpu()]
-        vectors = self._space.rows(rows)
+        vectors = self._space.rows(rows, which=self._which)
         _refuse_non_finite(vectors, self._space, rows)
         return vectors.to(self.device).float()
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorTable:
+    """Rows of float32 vectors at hand, (m, d), with the interface of `VectorTable`."""
+
+    vectors: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    @property
+    def width(self) -> int:
+        """Width of the vectors, d."""
+        return int(self.vectors.shape[-1])
+
+    @property
+    def streamed(self) -> bool:
+        """The vectors are in memory."""
+        return False
+
+    def take(self, index: torch.Tensor) -> torch.Tensor:
+        """Return vectors by their position in this table, (n,) -> (n, d)."""
+        return torch.index_select(self.vectors, 0, index)
 
 
 def _refuse_non_finite(vectors: torch.Tensor, space: Space, rows: torch.Tensor) -> None:
@@ -104,16 +139,18 @@ class PreferenceData:
         user: number of the user in `users`, (n,); -1 where unknown.
         y: -1, 0 or +1, (n,) float32.
         users: ids of the users.
+        joint: response vectors are of prompt and response in one forward; prompts are then not read.
     """
 
-    prompts: VectorTable
-    responses: VectorTable
+    prompts: VectorTable | TensorTable
+    responses: VectorTable | TensorTable
     prompt: torch.Tensor
     response_1: torch.Tensor
     response_2: torch.Tensor
     user: torch.Tensor
     y: torch.Tensor
     users: tuple[str, ...]
+    joint: bool = False
 
     def __len__(self) -> int:
         return len(self.y)
@@ -158,7 +195,7 @@ class PreferenceData:
         return PairBatch(prompts, prompt, responses, response[:n], response[n:], self.user[rows], self.y[rows])
 
     @staticmethod
-    def _distinct(table: VectorTable, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _distinct(table: VectorTable | TensorTable, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the vectors at `index` and where each stands; once each, where repeats are likely."""
         if len(table) > 8 * len(index):  # a batch then repeats few rows, and finding them costs more than it saves
             return table.take(index), torch.arange(len(index), device=index.device)
@@ -190,8 +227,8 @@ def load_preferences(
     prompt_id, response_id = spaces_of(stored, space, cache)
     spaces = cache.space(prompt_id), cache.space(response_id)
     rows = [
-        _rows(spaces[0], stored.prompt_keys, "prompts", stored.name, cache),
-        _rows(spaces[1], stored.response_keys, "responses", stored.name, cache),
+        find_rows(spaces[0], stored.prompt_keys, "prompts", stored.name, cache),
+        find_rows(spaces[1], stored.response_keys, "responses", stored.name, cache),
     ]
     needed = sum(4 * len(r) * s.width for r, s in zip(rows, spaces, strict=True))
     resident = needed <= MEMORY_SHARE * free_memory(where)
@@ -212,7 +249,19 @@ def load_preferences(
     )
 
 
-def _rows(space: Space, keys: Keys, what: str, name: str, cache: Cache) -> npt.NDArray[np.int64]:
+def find_rows(space: Space, keys: Keys, what: str, name: str, cache: Cache) -> npt.NDArray[np.int64]:
+    """Return the rows of keys in a space, (m,).
+
+    Args:
+        space: where to look.
+        keys: (m, 16).
+        what: the items' name in messages.
+        name: of the comparison table.
+        cache: that holds both.
+
+    Raises:
+        MismatchError: a key is not there.
+    """
     rows = space.find(keys)
     missing = np.flatnonzero(rows < 0)
     if len(missing):

@@ -1,4 +1,4 @@
-"""`fit`: train the projectors and user weights of a head on cached vectors; the encoder never runs."""
+"""`fit`: train a head on cached vectors, pooled or of every token; the encoder never runs."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, Literal, final
+from typing import Final, Literal, final
 
 import torch
 
 from palcache.checkpoints import FitState, HistoryRow
+from palcache.choices import EMBED_JOINT, EMBED_TOKENS
 from palcache.configs import FitConfig
 from palcache.errors import InputError, NumericsError
-from palcache.heads import PalB, Parameters
-from palcache.heads.pal_b import scale
-from palcache.losses import cross_entropy
+from palcache.heads import Head, IdealPointHead, Parameters, SolvedHead, scale
+from palcache.heads.protocols import group_of, trained_names
+from palcache.objectives import Objective, TrainingData
+from palcache.optimizers import build_optimizer, rate_factor
 from palcache.tensors import PreferenceData
+from palcache.token_batches import TokenData
 
 __all__ = ["FitProgress", "FitResult", "FitState", "HistoryRow", "epoch_order", "fit", "validate"]
 
 SHUFFLE_ROWS: Final = 1_024
 SHUFFLE_BLOCKS: Final = 64
 """Streamed data is read in shuffled blocks of 1,024 comparisons, mixed 64 blocks at a time."""
-EVALUATION_ROWS: Final = 8_192
 WORK_PER_THREAD: Final = 1 << 26
 """Multiply-adds of a step's forward pass that keep one CPU thread busy. With smaller shares threads mostly wait for each
 other, and where the cores are shared with other work every operation waits for the slowest of them."""
@@ -69,9 +71,9 @@ class FitResult:
 
 
 def fit(
-    shape: PalB,
-    train: PreferenceData,
-    val: PreferenceData,
+    shape: Head,
+    train: TrainingData,
+    val: TrainingData,
     config: FitConfig,
     *,
     on_progress: Callable[[FitProgress], None] | None = None,
@@ -84,8 +86,8 @@ def fit(
     from a state. On a CPU a small head is trained on few threads (`WORK_PER_THREAD`).
 
     Args:
-        shape: the head.
-        train: training comparisons; their users numbered as the head's.
+        shape: the head; one that is solved at once takes no steps.
+        train: training comparisons, pooled or of every token; their users numbered as the head's.
         val: validation comparisons, never the test set; users likewise, -1 where the head does not know them.
         config: optimizer, schedule, stopping and seed.
         on_progress: called after each evaluation.
@@ -93,12 +95,15 @@ def fit(
         state: where to go on; None starts anew.
 
     Raises:
-        InputError: a split is empty, or its vectors or users do not fit the head.
+        InputError: a split is empty, or its vectors or users do not fit the head or the loss.
         NumericsError: the loss is not finite; the message says where it began.
     """
-    _check(shape, train, val)
+    _check(shape, train, val, config)
     start = time.perf_counter()
-    run = _Run(shape, train, config, state)
+    if isinstance(shape, SolvedHead) and isinstance(train, PreferenceData) and isinstance(val, PreferenceData):
+        return _solve(shape, train, val, config, on_progress)
+    objective = Objective(shape, config)
+    run = _Run(objective, train, state)
     history = list(state.history) if state else []
     best = state.best if state else run.snapshot()
     stopped = _stalled(history, config)
@@ -107,7 +112,7 @@ def fit(
         with _few_threads(run.work, train.device):
             loss = run.segment()
             rate = (run.epoch - before) * len(train) / (time.perf_counter() - begun)
-            val_loss, val_accuracy = validate(shape, run.parameters, val)
+            val_loss, val_accuracy = objective.validate(run.parameters, val)
         row = HistoryRow(run.step, run.epoch, loss, val_loss, val_accuracy, run.lr, run.scale)
         _require_finite(val_loss, row)
         if val_loss < min((r.val_loss for r in history), default=math.inf):
@@ -122,7 +127,30 @@ def fit(
     return FitResult(best, tuple(history), best_step, stopped, time.perf_counter() - start)
 
 
-def _check(shape: PalB, train: PreferenceData, val: PreferenceData) -> None:
+def _solve(
+    shape: SolvedHead,
+    train: PreferenceData,
+    val: PreferenceData,
+    config: FitConfig,
+    on_progress: Callable[[FitProgress], None] | None,
+) -> FitResult:
+    """Solve a head and report it as one step."""
+    start, objective = time.perf_counter(), Objective(shape, config)
+    zero = shape.initial(torch.Generator())
+    for name, data in (("training", train), ("validation", val)):
+        if not math.isfinite(objective.validate({k: v.to(data.device) for k, v in zero.items()}, data)[0]):
+            raise NumericsError(f"The {name} vectors are not finite; run palcache cache verify on the cache.")
+    parameters = shape.solve(train, val)
+    (loss, _), (val_loss, accuracy) = objective.validate(parameters, train), objective.validate(parameters, val)
+    row = HistoryRow(1, 1.0, loss, val_loss, accuracy, 0.0, 1.0)
+    _require_finite(val_loss, row)
+    seconds = time.perf_counter() - start
+    if on_progress:
+        on_progress(FitProgress(row, 1, len(train) / seconds))
+    return FitResult(parameters, (row,), 1, stopped_early=False, seconds=seconds)
+
+
+def _check(shape: Head, train: TrainingData, val: TrainingData, config: FitConfig) -> None:
     for name, data in (("training", train), ("validation", val)):
         if not len(data):
             raise InputError(f"There are no {name} comparisons; split the table anew with palcache embed --split-by.")
@@ -133,10 +161,41 @@ def _check(shape: PalB, train: PreferenceData, val: PreferenceData) -> None:
                 f"The {name} comparisons are numbered for {len(data.users)} users, the head for {shape.users}; number them "
                 "as the head's with with_users."
             )
+        require_vectors(shape, config, joint=data.joint, tokens=isinstance(data, TokenData))
     if int(train.user.min()) < 0:
         raise InputError(
             "A training comparison is of a user whom the head does not have; build the head for its users."
         )
+
+
+def require_vectors(shape: Head, config: FitConfig, *, joint: bool, tokens: bool) -> None:
+    """Refuse a head or a loss that needs other vectors than there are, naming the command that makes them.
+
+    Args:
+        shape: the head.
+        config: how it is to be trained.
+        joint: the vectors are of prompt and response in one forward.
+        tokens: there is a vector at every token.
+
+    Raises:
+        InputError: they do not fit.
+    """
+    if shape.joint and not joint:
+        raise InputError(
+            "PAL-A reads vectors of prompt and response in one forward, and these are of each alone; make them with "
+            f"{EMBED_JOINT}."
+        )
+    weighting = config.token_weighting
+    if weighting is not None and not tokens:
+        raise InputError(
+            f"The token loss {weighting} needs a vector at every token, and the cache is pooled; make them with "
+            f"{EMBED_TOKENS}, or leave out --token-weighting."
+        )
+    if weighting is None and tokens:
+        raise InputError("The vectors are of every token; choose --token-weighting mean, cumulative or only_last.")
+    if not isinstance(shape, IdealPointHead) and (tokens or config.bound_weight):
+        what = "token losses" if tokens else "the bound of ideal points"
+        raise InputError(f"Only pal-a and pal-b have {what}; choose one of them with --head.")
 
 
 def _stalled(history: list[HistoryRow], config: FitConfig) -> bool:
@@ -166,32 +225,29 @@ def _few_threads(work: int, device: torch.device) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@torch.no_grad()
-def validate(shape: PalB, parameters: Mapping[str, torch.Tensor], data: PreferenceData) -> tuple[float, float]:
+def validate(shape: Head, parameters: Mapping[str, torch.Tensor], data: PreferenceData) -> tuple[float, float]:
     """Return mean loss and accuracy; users whom the head does not know (-1) have the mean mixture."""
-    known = shape.mixtures(parameters)
-    mixtures = torch.cat([known, known.mean(0, keepdim=True)])
-    loss = torch.zeros((), dtype=torch.float64, device=data.device if data.device.type != "mps" else "cpu")
-    right = torch.zeros_like(loss)
-    for batch in data.batches(EVALUATION_ROWS):
-        margins = shape.margins(parameters, batch, mixtures=mixtures[batch.user])
-        loss += cross_entropy(margins, batch.y).sum().to(loss)
-        right += ((1 + margins.sign() * batch.y.sign()) / 2).sum().to(loss)
-    return float(loss) / len(data), float(right) / len(data)
+    return Objective(shape, FitConfig()).validate(parameters, data)
 
 
 @final
 class _Run:
     """The moving parts of one training: parameters, optimizer, order of the comparisons."""
 
-    def __init__(self, shape: PalB, train: PreferenceData, config: FitConfig, state: FitState | None) -> None:
-        self.shape, self.train, self.config = shape, train, config
+    def __init__(self, objective: Objective, train: TrainingData, state: FitState | None) -> None:
+        self.objective, self.train, self.config = objective, train, objective.config
+        shape, config = objective.shape, objective.config
         self.step = state.step if state else 0
         start = state.parameters if state else shape.initial(torch.Generator().manual_seed(config.seed))
-        self.parameters = {name: value.to(train.device).requires_grad_() for name, value in _copy(start).items()}
+        self.parameters = {name: value.to(train.device) for name, value in _copy(start).items()}
+        self.trained = trained_names(shape, self.parameters)
+        for name in self.trained:
+            self.parameters[name].requires_grad_()
         self.steps_per_epoch = -(-len(train) // config.batch_size)
         self.steps = self.steps_per_epoch * config.total_epochs(len(train))
-        self.optimizer = _optimizer(self.parameters, config, train.device)
+        trained = {name: self.parameters[name] for name in self.trained}
+        self.optimizer = build_optimizer(trained, config, train.device)
+        self.counts = torch.bincount(train.user, minlength=shape.users) if config.weighting == "users" else None
         self._peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
         self._noise = torch.Generator(train.device)
         if state:
@@ -207,14 +263,17 @@ class _Run:
 
     @property
     def scale(self) -> float:
-        return float(scale(self.parameters).detach())
+        return float(scale(self.parameters).detach()) if "logit_scale" in self.parameters else 1.0
 
     @property
     def work(self) -> int:
         """Multiply-adds of a step's forward pass, at most: two responses and k prompts of every comparison."""
+        if isinstance(self.train, TokenData):  # every token is projected: enough for all threads
+            return torch.get_num_threads() * WORK_PER_THREAD
         n = min(self.config.batch_size, len(self.train))
-        f, g = (sum(v.numel() for name, v in self.parameters.items() if name.startswith(part)) for part in ("f.", "g."))
-        return n * (2 * f + g)
+        sizes = {name: value.numel() for name, value in self.parameters.items() if group_of(name) == "projectors"}
+        prompts = sum(size for name, size in sizes.items() if name.startswith("g."))
+        return n * (2 * (sum(sizes.values()) - prompts) + prompts)
 
     def snapshot(self) -> Parameters:
         return _copy(self.parameters)
@@ -231,30 +290,25 @@ class _Run:
         if not bool(torch.isfinite(values).all()):
             bad = int(torch.nonzero(~torch.isfinite(values))[0])
             step = first + bad
+            rate = rate_factor(self.config, step, self.steps) * self._peaks[0]
             raise NumericsError(
                 f"The loss is {float(values[bad])} at step {step + 1} (epoch {step // self.steps_per_epoch + 1}, batch "
-                f"{step % self.steps_per_epoch + 1}) with learning rate {self._schedule(step) * self._peaks[0]:.2e}; "
-                "lower --lr."
+                f"{step % self.steps_per_epoch + 1}) with learning rate {rate:.2e}; lower --lr."
             )
         return float(values.mean())
 
     def _update(self, rows: torch.Tensor) -> torch.Tensor:
-        factor = self._schedule(self.step)
+        factor = rate_factor(self.config, self.step, self.steps)
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
-        batch = self.train.batch(rows)
-        loss = cross_entropy(self.shape.margins(self.parameters, batch, noise=self._noise), batch.y).mean()
+        batch, updates = self.train.batch(rows), Parameters()
+        loss = self.objective(self.parameters, batch, noise=self._noise, updates=updates, counts=self.counts)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
+        self.parameters.update(updates)
         self.step += 1
         return loss.detach()
-
-    def _schedule(self, step: int) -> float:
-        """Return the factor on the peak learning rates: linear warmup, then half a cosine down to 0."""
-        warm = self.config.warmup * self.steps
-        rising = min(1.0, (step + 1) / max(1.0, warm))
-        return rising * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
     def _batches(self, last: int) -> Iterator[torch.Tensor]:
         """Yield the rows of each step up to `last`; the order depends on the seed and the epoch alone."""
@@ -267,8 +321,8 @@ class _Run:
     def moments(self) -> dict[str, torch.Tensor]:
         return {
             f"{name}/{moment}": value.detach().clone()
-            for name, parameter in self.parameters.items()
-            for moment, value in self.optimizer.state[parameter].items()
+            for name in self.trained
+            for moment, value in self.optimizer.state[self.parameters[name]].items()
         }
 
     def _restore(self, moments: Mapping[str, torch.Tensor]) -> None:
@@ -281,15 +335,6 @@ class _Run:
 
 def _copy(parameters: Mapping[str, torch.Tensor]) -> Parameters:
     return {name: value.detach().clone() for name, value in parameters.items()}
-
-
-def _optimizer(parameters: Parameters, config: FitConfig, device: torch.device) -> torch.optim.Optimizer:
-    """Return AdamW with the learning rates and weight decay of each group of parameters."""
-    rates = {"user.logits": config.lr_users, "logit_scale": config.lr_scale}
-    projectors = [value for name, value in parameters.items() if name not in rates]
-    groups: list[dict[str, Any]] = [{"params": projectors, "lr": config.lr, "weight_decay": config.weight_decay}]
-    groups += [{"params": [parameters[name]], "lr": lr, "weight_decay": 0.0} for name, lr in rates.items()]
-    return torch.optim.AdamW(groups, fused=device.type in {"cpu", "cuda"})
 
 
 def _seed_of(seed: int, stream: int, counter: int) -> int:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, final
+from typing import Any, Final, final
 
 import numpy as np
 import pyarrow as pa
@@ -14,15 +14,15 @@ import torch
 from palcache.batching import plan_batches
 from palcache.cache import MANIFEST, Cache, Space
 from palcache.comparisons import Comparisons
-from palcache.configs import EmbedConfig
-from palcache.encoders import Encoder, Role
-from palcache.encoding import full_spec
+from palcache.encoders import Encoder, Role, StateEncoder, TokenizedTexts
 from palcache.errors import CacheError, MismatchError, StorageError
-from palcache.fingerprints import Keys, digest, hex_key, text_keys
+from palcache.fingerprints import KEY_BYTES, Keys, digest, hex_key, text_keys
 from palcache.indexes import KeyIndex
 from palcache.shards import Shard
+from palcache.specs import config_of, differing_fields, full_spec
+from palcache.works import tokenize_items
 
-MIN_COSINE: Final = {"float32": 0.99999, "float16": 0.9999, "bfloat16": 0.999}
+MIN_COSINE: Final = {"float32": 0.99999, "float16": 0.9999, "bfloat16": 0.999, "int8": 0.998}
 """Lowest cosine of a stored and a fresh vector, by the coarser of the stored and the computed type."""
 
 
@@ -103,8 +103,9 @@ def _table_problems(cache: Cache, spaces: Mapping[str, Space]) -> list[str]:
         except CacheError as error:
             problems.append(str(error))
             continue
-        for pair in stored.spaces:
-            for space_id, keys in zip(pair, (stored.prompt_keys, stored.response_keys), strict=True):
+        sides = [zip(pair, (stored.prompt_keys, stored.response_keys), strict=True) for pair in stored.spaces]
+        for named in (*sides, [(space_id, stored.joint_keys) for space_id in stored.joint_spaces]):
+            for space_id, keys in named:
                 if space_id not in cache.space_ids:
                     problems.append(f"The table {name} names the space {space_id}, which is not there; embed it again.")
                 elif space_id in spaces and (missing := int((spaces[space_id].find(keys) < 0).sum())):
@@ -131,13 +132,13 @@ def reencode_sample(cache: Cache, encoder: Encoder, count: int, *, seed: int = 0
     """
     generator = np.random.Generator(np.random.PCG64(seed))
     compared, lowest, problems = 0, 1.0, []
-    for space in _spaces_of(cache, encoder):
-        role: Role = "prompt" if space.role == "prompt" else "response"
-        texts, keys = _texts(cache, space, role)
+    for space in map(cache.space, spaces_of_encoder(cache, encoder)):
+        role = role_of(space.spec)
+        texts, prompts, keys = _joint_texts(cache, space) if role == "joint" else _texts(cache, space, role)
         if not len(texts):
             continue
         picked = generator.permutation(len(texts))[:count]
-        fresh = _encode(encoder, texts.take(pa.array(picked)).to_pylist(), role)
+        fresh = _encode(encoder, role, tokenize_items(encoder, role, texts, prompts, picked))
         stored = space.rows(space.find(keys[picked])).float()
         cosine = torch.nn.functional.cosine_similarity(fresh, stored, dim=1)
         coarse = min(space.dtype, str(space.spec.get("compute_dtype", "float32")), key=MIN_COSINE.__getitem__)
@@ -150,28 +151,39 @@ def reencode_sample(cache: Cache, encoder: Encoder, count: int, *, seed: int = 0
     return compared, lowest, tuple(problems)
 
 
-def _encode(encoder: Encoder, texts: Sequence[str], role: Role) -> torch.Tensor:
-    """Return the vectors of texts, (n, d), in batches as `embed` makes them."""
-    window = encoder.tokenize(texts, role)
-    out = torch.empty((len(texts), encoder.width))
+def role_of(spec: Mapping[str, Any]) -> Role:
+    """Return the role of a space that an encoder fills."""
+    roles: dict[str, Role] = {"prompt": "prompt", "response": "response", "joint": "joint"}
+    return roles[spec["role"]]
+
+
+def _encode(encoder: Encoder, role: Role, window: TokenizedTexts) -> torch.Tensor:
+    """Return the vectors of a window, (n, d), in batches as `embed` makes them."""
+    out = torch.empty((len(window.n_tokens), encoder.width))
     for rows in plan_batches(window.n_tokens, encoder.token_budget, equal_lengths=encoder.equal_lengths):
         out[torch.from_numpy(rows)] = encoder.encode(window, rows, role).float().cpu()
     return out
 
 
-def _spaces_of(cache: Cache, encoder: Encoder) -> list[Space]:
-    wanted: tuple[Role, Role] = ("prompt", "response")
+def spaces_of_encoder(cache: Cache, encoder: Encoder) -> list[str]:
+    """Return the ids of the spaces that an encoder fills; no shard is opened.
+
+    Raises:
+        MismatchError: there is none; the message names the fields in which the encoder specs differ.
+    """
     found, differing = [], set()
     for space_id in cache.space_ids:
-        space = cache.space(space_id)
-        if space.role not in wanted:
+        stored = cache.spec(space_id)
+        if stored.get("role") not in {"prompt", "response", "joint"}:
             continue
-        role: Role = "prompt" if space.role == "prompt" else "response"
-        spec = full_spec(encoder, role, EmbedConfig(dtype=space.dtype))
+        if stored["role"] == "joint" and not isinstance(encoder, StateEncoder):
+            differing.add("encoder")
+            continue
+        spec = full_spec(encoder, role_of(stored), config_of(stored))
         if digest(spec) == space_id:
-            found.append(space)
+            found.append(space_id)
         else:
-            differing |= {key for key in spec.keys() | space.spec.keys() if spec.get(key) != space.spec.get(key)}
+            differing.update(differing_fields(spec, stored))
     if not found:
         raise MismatchError(
             f"No space of {cache.path} was written by the encoder {encoder.about.get('model')}: they differ in "
@@ -180,12 +192,26 @@ def _spaces_of(cache: Cache, encoder: Encoder) -> list[Space]:
     return found
 
 
-def _texts(cache: Cache, space: Space, role: Role) -> tuple[pa.Array, Keys]:
-    """Return the distinct texts of all tables that have a row in a space, and their keys."""
+def _joint_texts(cache: Cache, space: Space) -> tuple[pa.Array, pa.Array | None, Keys]:
+    """Return responses, prompts and keys of the joint items of all tables that have a row in a space."""
+    responses, prompts, keys = [], [], []
+    for stored in map(cache.comparisons, cache.comparison_names):
+        if space.space_id in stored.joint_spaces:
+            pairs = stored.joint_items[0][space.find(stored.joint_keys) >= 0]
+            prompts.append(stored.comparisons.prompts.values.take(pa.array(pairs[:, 0])))
+            responses.append(stored.comparisons.responses.take(pa.array(pairs[:, 1])))
+            keys.append(stored.joint_keys[space.find(stored.joint_keys) >= 0])
+    none = pa.array([], pa.large_string())
+    whole = np.concatenate([*keys, np.empty((0, KEY_BYTES), np.uint8)])
+    return pa.concat_arrays([*responses, none]), pa.concat_arrays([*prompts, none]), whole
+
+
+def _texts(cache: Cache, space: Space, role: Role) -> tuple[pa.Array, pa.Array | None, Keys]:
+    """Return the distinct texts of all tables that have a row in a space, no prompts, and the keys."""
     tables: list[Comparisons] = [cache.comparisons(name).comparisons for name in cache.comparison_names]
     parts = [table.prompts.values if role == "prompt" else table.responses for table in tables]
     texts = pa.concat_arrays([*parts, pa.array([], pa.large_string())])
     keys = text_keys(texts)
     first = np.sort(KeyIndex.build(keys).positions)
     first = first[space.find(keys[first]) >= 0]
-    return texts.take(pa.array(first)), keys[first]
+    return texts.take(pa.array(first)), None, keys[first]

@@ -5,56 +5,36 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, final
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import torch
 
 from palcache.batching import padded_tokens, plan_batches
-from palcache.cache import Cache, Space
-from palcache.claims import Claim, adoptable, locked, make_claim, next_sequence, survey
+from palcache.cache import Cache
+from palcache.claims import Claim, adoptable, make_claim, next_sequence, survey
 from palcache.configs import EmbedConfig
-from palcache.encoders import Encoder, Role, TokenizedTexts
+from palcache.encoders import Encoder, TokenizedTexts
 from palcache.errors import CacheError, ModelError, NumericsError
 from palcache.files import storage_errors
-from palcache.fingerprints import KEY_BYTES, Keys, canonical_json, hex_key
+from palcache.fingerprints import KEY_BYTES, canonical_json, hex_key
+from palcache.forwards import Forward, Forwards, Rows
 from palcache.indexes import KeyIndex
 from palcache.layouts import ShardHeader, create_shard
-from palcache.numerics import UnfitRowError, to_stored
+from palcache.locks import locked
+from palcache.numerics import UnfitRowError
 from palcache.shards import FAILED, TRUNCATED, Shard, ShardWriter
 from palcache.summaries import EmbedProgress, EmbedSummary, OnProgress
+from palcache.works import Work
+
+__all__ = ["MAX_FAILURES", "WAIT_SECONDS", "SpaceWriter", "Work"]
 
 WAIT_SECONDS: Final = 0.5
 MAX_FAILURES: Final = 8
 """Texts that may fail in a row before the encoder has to show that it still works."""
-
-_Rows = npt.NDArray[np.int64]
-_Forward = Callable[[], torch.Tensor]
-
-
-@final
-@dataclass(frozen=True, slots=True, eq=False)
-class Work:
-    """The texts of one role that a space may lack.
-
-    Attributes:
-        role: prompt or response.
-        space: where they go, as it stood at the start.
-        texts: the distinct texts, (m,).
-        keys: their keys, (m, 16).
-    """
-
-    role: Role
-    space: Space
-    texts: pa.Array
-    keys: Keys
 
 
 @final
@@ -84,6 +64,7 @@ class SpaceWriter:
         self.wanted = KeyIndex.build(work.keys)
         self.todo = np.ones(len(work.keys), bool)  # neither sealed nor claimed by a living writer
         self.budget = config.token_budget or encoder.token_budget
+        self.forwards = Forwards(functools.partial(work.encode, encoder), encoder.workers)
         self._sealed: set[str] | None = None
         self._held: list[Claim] = []
         self._failures = 0  # texts in a row
@@ -93,32 +74,49 @@ class SpaceWriter:
         self._known_tokens = self._known_texts = 0
         self._started = time.perf_counter()
 
-    def run(self) -> None:
-        """Encode until every wanted key is in a sealed shard, by this writer or another.
+    def run(self, *, wait: bool = True) -> bool:
+        """Encode until every wanted key is in a sealed shard, by this writer or another, and return True.
+
+        Args:
+            wait: for shards that other writers work on; otherwise return False where only those are left.
 
         Raises:
             ModelError: the encoder fails on text after text.
             NumericsError: a vector is not finite or does not fit the stored type.
             StorageError: the disk is full or read-only.
         """
-        with ThreadPoolExecutor(1, thread_name_prefix="palcache-tokenize") as ahead:
+        with self.summary.timed("encode"), ThreadPoolExecutor(1, thread_name_prefix="palcache-tokenize") as ahead:
+            busy = self.forwards.clock.seconds
             try:
-                upcoming: Future[tuple[Claim, TokenizedTexts] | None] = ahead.submit(self._next)
-                while True:
-                    current = upcoming.result()
-                    if current is None:
-                        if self._all_sealed():
-                            return
-                        self._report(waiting=True)
-                        time.sleep(WAIT_SECONDS)
-                        upcoming = ahead.submit(self._next)
-                        continue
-                    upcoming = ahead.submit(self._next)
-                    self._encode_shard(*current)
+                return self._run(ahead, wait=wait)
             finally:
                 ahead.shutdown(wait=True, cancel_futures=True)
                 for claim in self._held:
                     claim.release()
+                self.summary.add_seconds("device", self.forwards.clock.seconds - busy)
+
+    def _run(self, ahead: ThreadPoolExecutor, *, wait: bool) -> bool:
+        upcoming: Future[tuple[Claim, TokenizedTexts] | None] = ahead.submit(self._next)
+        while True:
+            with self.summary.timed("wait"):
+                current = upcoming.result()
+            if current is not None:
+                upcoming = ahead.submit(self._next)
+                self._encode_shard(*current)
+                continue
+            if self._all_sealed():
+                return True
+            if not wait:
+                return False
+            self._report(waiting=True)
+            with self.summary.timed("others"):
+                time.sleep(WAIT_SECONDS)
+            upcoming = ahead.submit(self._next)
+
+    @property
+    def missing(self) -> int:
+        """Texts that the space lacked when it was opened."""
+        return self._texts_total
 
     def _next(self) -> tuple[Claim, TokenizedTexts] | None:
         """Claim and tokenise the next shard; None when nothing is left to claim."""
@@ -126,10 +124,8 @@ class SpaceWriter:
         if claim is None:
             return None
         start = time.perf_counter()
-        texts = self.work.texts.take(pa.array(self.wanted.find(claim.keys))).to_pylist()
-        window = self.encoder.tokenize(texts, self.work.role)
-        seconds = self.summary.seconds
-        seconds["tokenize"] = seconds.get("tokenize", 0.0) + time.perf_counter() - start
+        window = self.work.tokenize(self.encoder, self.wanted.find(claim.keys))
+        self.summary.add_seconds("tokenize", time.perf_counter() - start)
         return claim, window
 
     def _claim(self) -> Claim | None:
@@ -148,9 +144,10 @@ class SpaceWriter:
                 free = self.todo.copy()
                 taken = self.wanted.find(standing.live)
                 free[taken[taken >= 0]] = False
-                rows = np.flatnonzero(free)[: self.config.shard_rows]
+                rows = np.flatnonzero(free)
                 if not len(rows):
                     return None
+                rows = rows[: self.work.shard_size(rows, self.config.shard_rows)]
                 adopted = make_claim(folder, next_sequence(folder), self.work.keys[rows])
         self._held.append(adopted)
         return adopted
@@ -180,7 +177,8 @@ class SpaceWriter:
         planned = plan_batches(window.n_tokens, self.budget, equal_lengths=self.encoder.equal_lengths)
         batches = [rows for rows in planned if waiting[rows].any()]
         self.summary.padded += padded_tokens(window.n_tokens, batches)
-        for rows, forward in self._forward_all(window, batches):
+        fitting = (part for rows in batches for part in self._fit(window, rows))
+        for rows, forward in self.forwards.all(window, fitting):
             self._encode_batch(writer, window, rows, forward)
         with self.summary.timed("write"):
             self._seal(claim, writer)
@@ -196,6 +194,7 @@ class SpaceWriter:
         path = claim.commit(writer.seal())
         self.cache.record(self.work.space.space_id, path, writer.header.rows)
         self.summary.new_bytes += path.stat().st_size
+        self.summary.add_cosines(self.work.role, Shard(path).cosines)
 
     def _open_shard(self, claim: Claim, window: TokenizedTexts) -> ShardWriter:
         """Go on with the shard that a dead writer began, if it had the same libraries and device; else create it."""
@@ -210,41 +209,23 @@ class SpaceWriter:
         header = ShardHeader(space.space_id, space.spec, len(claim.keys), space.width, space.dtype, versions)
         flags = np.where(window.truncated, TRUNCATED, 0).astype(np.uint8)
         with self.summary.timed("write"):
-            create_shard(claim.partial, header, claim.keys, window.n_tokens, flags)
+            create_shard(
+                claim.partial,
+                header,
+                claim.keys,
+                window.n_tokens,
+                flags,
+                prompt_tokens=window.prompt_tokens,
+                tokens=self.work.token_rows(window),
+            )
         return ShardWriter(claim.partial)
 
-    def _forward_all(self, window: TokenizedTexts, batches: Iterable[_Rows]) -> Iterator[tuple[_Rows, _Forward]]:
-        """Yield batches in order with what returns their vectors; several workers compute ahead where that pays."""
-
-        def forward(rows: _Rows) -> torch.Tensor:
-            return self.encoder.encode(window, rows, self.work.role)
-
-        workers = self.encoder.workers
-        fitting = (part for rows in batches for part in self._fit(window, rows))
-        if workers == 1:
-            yield from ((rows, functools.partial(forward, rows)) for rows in fitting)
-            return
-        threads = torch.get_num_threads()
-        share = max(1, threads // workers)
-        pool = ThreadPoolExecutor(workers, "palcache-forward", initializer=torch.set_num_threads, initargs=(share,))
-        ahead: deque[tuple[_Rows, Future[torch.Tensor]]] = deque()
-        try:
-            for rows in fitting:
-                ahead.append((rows, pool.submit(forward, rows)))
-                if len(ahead) > 2 * workers:
-                    first, future = ahead.popleft()
-                    yield first, future.result
-            yield from ((rows, future.result) for rows, future in ahead)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-            torch.set_num_threads(threads)  # a worker's share becomes the default of the process
-
-    def _fit(self, window: TokenizedTexts, rows: _Rows) -> list[_Rows]:
+    def _fit(self, window: TokenizedTexts, rows: Rows) -> list[Rows]:
         """Return a batch in parts that fit the budget, if it was halved since the batch was planned."""
         parts = -(-padded_tokens(window.n_tokens, [rows]) // self.budget)
         return np.array_split(rows, min(len(rows), max(1, parts)))
 
-    def _encode_batch(self, writer: ShardWriter, window: TokenizedTexts, rows: _Rows, forward: _Forward) -> None:
+    def _encode_batch(self, writer: ShardWriter, window: TokenizedTexts, rows: Rows, forward: Forward) -> None:
         """Encode and store a batch; one that fails is halved until the texts that fail stand alone."""
         error = self._try_batch(writer, window, rows, forward)
         if error is None:
@@ -256,16 +237,14 @@ class SpaceWriter:
             self.budget = max(1, min(self.budget, padded_tokens(window.n_tokens, [rows]) // 2))
             _free_cached_memory()
         for part in (part for half in np.array_split(rows, 2) for part in self._fit(window, half)):
-            again = functools.partial(self.encoder.encode, window, part, self.work.role)
+            again = functools.partial(self.forwards.one, window, part)
             self._encode_batch(writer, window, part, again)
 
-    def _try_batch(
-        self, writer: ShardWriter, window: TokenizedTexts, rows: _Rows, forward: _Forward
-    ) -> Exception | None:
+    def _try_batch(self, writer: ShardWriter, window: TokenizedTexts, rows: Rows, forward: Forward) -> Exception | None:
         """Encode and store a batch; return what the encoder raised, if anything."""
         try:
             with self.summary.timed("forward"):
-                stored, norms = to_stored(forward(), self.work.space.dtype)
+                stored, more = self.work.to_stored(forward(), window, rows)
         except UnfitRowError as error:
             row = int(rows[error.row])
             raise NumericsError(
@@ -275,7 +254,7 @@ class SpaceWriter:
         except Exception as error:
             return error.with_traceback(None)  # its frames hold the batch's tensors, and the next try needs the memory
         with self.summary.timed("write"):
-            writer.write(rows, stored, norms)
+            writer.write(rows, stored.values, stored.norms, more)
         self._failures, self._encoded = 0, (window, int(rows[0]))
         self.summary.encoded += len(rows)
         self._advance(len(rows), int(window.n_tokens[rows].sum()))
@@ -318,7 +297,7 @@ class SpaceWriter:
         """Encode a text that went well before, else the shortest: does the encoder fail on these texts, or on all?"""
         window, row = self._encoded or (window, int(window.n_tokens.argmin()))
         try:
-            self.encoder.encode(window, np.array([row]), self.work.role)
+            self.work.encode(self.encoder, window, np.array([row]))
         except Exception as error:
             raise ModelError(
                 f"The encoder failed on {self._failures} texts in a row, and on {_start(window.texts[row])} too "
@@ -330,6 +309,8 @@ class SpaceWriter:
         self._texts += texts
         self._tokens += tokens
         self.summary.tokens += tokens
+        for claim in tuple(self._held):
+            claim.beat()
         self._report(waiting=False)
 
     def _report(self, *, waiting: bool) -> None:

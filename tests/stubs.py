@@ -108,8 +108,8 @@ class StubEncoder:
         if text in self.nan_on:
             return np.full(self.width, np.nan, np.float32)
         digest = hashlib.shake_128(f"{self.identity}|{role}|{text}".encode()).digest(2 * self.width)
-        scale = np.float32(self.scale * (2e5 if text in self.huge_on else 1) / 2**15)
-        return np.frombuffer(digest, "<i2").astype(np.float32) * scale
+        values = np.frombuffer(digest, "<i2").astype(np.float32) * np.float32(self.scale / 2**15)
+        return values * np.float32(2e5) if text in self.huge_on else values
 
 
 def as_encoder(stub: StubEncoder) -> Encoder:

@@ -57,7 +57,8 @@ def add_shard(
     header = ShardHeader(space_id, space.spec, len(keys), WIDTH, space.dtype, {"torch": "2"})
     create_shard(partial, header, keys, np.arange(len(keys), dtype=np.uint32), np.zeros(len(keys), np.uint8))
     writer = ShardWriter(partial)
-    writer.write(np.arange(len(keys)), *to_stored(torch.from_numpy(vectors), space.dtype))
+    stored = to_stored(torch.from_numpy(vectors), space.dtype)
+    writer.write(np.arange(len(keys)), stored.values, stored.norms)
     for row in failed:
         writer.fail(row)
     number = len(space.shards) + 1 if sequence is None else sequence

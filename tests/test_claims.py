@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from palcache.claims import Claim, adoptable, locked, make_claim, next_sequence, survey
+from palcache.claims import Claim, adoptable, make_claim, next_sequence, survey
 from palcache.errors import StorageError
 from palcache.fingerprints import Keys
 from palcache.indexes import KeyIndex
+from palcache.locks import locked
 from tests.children import CONTEXT, finish, start
 
 

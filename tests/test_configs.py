@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from palcache.choices import PROJECTOR
 from palcache.configs import (
     MIN_EPOCHS,
     MIN_STEPS,
-    PROJECTOR,
     Config,
     EmbedConfig,
     FitConfig,
@@ -74,7 +74,7 @@ def test_from_options_takes_none_as_the_default() -> None:
         (FitConfig, "lr_user = 1", "unknown key lr_user; did you mean lr_users?"),
         (EmbedConfig, 'modell = "minilm"', "unknown key modell; did you mean model?"),
         (SplitConfig, "zzz = 1", "unknown key zzz; the keys are by, val, test, seed."),
-        (HeadConfig, "[head]\nk = 3", "unknown key head; the keys are k, p, projector, temperature."),
+        (HeadConfig, "[heads]\nk = 3", "unknown key heads; did you mean head?"),
         (HeadConfig, 'k = "3"', "k = '3'; expected a whole number."),
         (HeadConfig, "k = 3.0", "k = 3.0; expected a whole number."),
         (HeadConfig, "k = true", "k = True; expected a whole number."),
@@ -83,7 +83,7 @@ def test_from_options_takes_none_as_the_default() -> None:
         (HeadConfig, "projector = 2", "projector = 2; expected a text."),
         (EmbedConfig, "trust_remote_code = 1", "trust_remote_code = 1; expected true or false."),
         (EmbedConfig, "revision = 1", "revision = 1; expected a text."),
-        (EmbedConfig, 'dtype = "int8"', "dtype = 'int8'; expected one of float16, bfloat16, float32."),
+        (EmbedConfig, 'dtype = "int4"', "dtype = 'int4'; expected one of float16, bfloat16, float32, int8."),
         (SplitConfig, 'by = "users"', "by = 'users'; expected one of auto, row, pair, prompt, user, column."),
         (SplitConfig, "by = [1]", "by = [1]; expected one of auto"),
         (HeadConfig, "k = 0", "Got k = 0; expected at least one prototype."),
@@ -179,7 +179,7 @@ def test_the_stages_of_a_flat_file_share_no_key() -> None:
     ("text", "message"),
     [
         ("epoch = 3", "unknown key epoch; did you mean epochs?"),
-        ("zzz = 3", "unknown key zzz; the keys are k, p, projector, temperature, batch_size"),
+        ("zzz = 3", "unknown key zzz; the keys are k, p, projector, temperature, head, score"),
         ('lr = "fast"', "lr = 'fast'; expected a number."),
         ("k = 0", "Got k = 0; expected at least one prototype."),
     ],

@@ -24,6 +24,7 @@ from palcache.evaluation import (
     known_rows,
     predict_margins,
 )
+from palcache.heads import PalB
 from palcache.tensors import PreferenceData, load_preferences
 from tests.worlds import Row, make_cache, planted_rows, random_head
 
@@ -60,6 +61,7 @@ def table(rows: list[tuple[str, int]], groups: str | None = None) -> Comparisons
 
 def reference_margins(head: TrainedHead, data: PreferenceData) -> list[float]:
     """Return margins one comparison at a time in float64, users by their ids."""
+    assert isinstance(head.shape, PalB)
     parameters = {name: value.double() for name, value in head.parameters.items()}
     mixtures = torch.softmax(parameters["user.logits"] / head.shape.temperature, dim=1)
     out = []

@@ -17,6 +17,7 @@ from palcache.cache import Cache
 from palcache.checkpoints import load_head
 from palcache.configs import FitConfig, HeadConfig, UnknownUsers
 from palcache.errors import CacheError, InputError, MismatchError, NumericsError
+from palcache.heads import PalB
 from palcache.runs import evaluate_run, load_run, train_run
 from palcache.training import FitProgress
 from tests.worlds import (
@@ -78,6 +79,7 @@ def test_a_run_leaves_its_files_and_nothing_else(done: Path) -> None:
     head = load_head(done / "head.safetensors")
     assert head.users == tuple(f"user {i}" for i in range(7))
     assert head.about == {key: config[key] for key in ("table", "spaces", "encoder", "head", "fit", "unknown_users")}
+    assert isinstance(head.shape, PalB)
     assert load_head(done / "user_blind.safetensors").shape == replace(head.shape, k=1)
 
 

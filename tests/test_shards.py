@@ -97,6 +97,8 @@ def test_layout_is_contiguous_aligned_and_little_endian(tmp_path: Path, dtype: S
         "sealed": ("|u1", (1,)),
         **{f"sum/{name.replace('/', '.')}": ("<u8", (2,)) for name in SUMMED},
     }
+    if dtype != "float32":
+        shapes |= {"cosine": ("<f4", (256,)), "sum/cosine": ("<u8", (1,))}
     found = datasets(path)
     assert {name: (place["dtype"].str, place["shape"]) for name, place in found.items()} == shapes
     for name, place in found.items():
@@ -352,7 +354,7 @@ def _other_shape(file: Any) -> None:
 
 
 def _other_type(file: Any) -> None:
-    file[POOLED].attrs["logical_dtype"] = np.bytes_("int8")
+    file[POOLED].attrs["logical_dtype"] = np.bytes_("int4")
 
 
 def _big_endian(file: Any) -> None:
@@ -365,7 +367,7 @@ def _big_endian(file: Any) -> None:
     [
         (_chunked, r"the dataset norm is not contiguous; delete it"),
         (_other_shape, r"got <f2 \(11, 5\) for the dataset emb/pooled, expected <f2 \(12, 5\); delete it"),
-        (_other_type, r"got vectors of 'int8', expected one of float32, float16, bfloat16; delete it"),
+        (_other_type, r"got vectors of 'int4', expected one of float32, float16, bfloat16, int8; delete it"),
         (_big_endian, r"got >u4 \(11,\) for the dataset n_tokens, expected <u4 \(11,\)"),
         (lambda file: file.pop("flags"), r"cannot be read as a palcache shard .*flags"),
     ],

@@ -18,7 +18,7 @@ from palcache.cache import Cache
 from palcache.configs import FitConfig, HeadConfig
 from palcache.errors import InputError, NumericsError
 from palcache.heads import PalB, Parameters
-from palcache.tensors import PairBatch, PreferenceData, load_preferences
+from palcache.tensors import PairBatch, PreferenceData, VectorTable, load_preferences
 from palcache.training import FitProgress, FitResult, FitState, epoch_order, fit, validate
 from tests.worlds import PLANTED_FIT, PLANTED_HEAD, make_cache, planted_rows, splits_of
 
@@ -300,6 +300,7 @@ def poisoned(cache: Cache, row: int) -> PreferenceData:
     vectors = train.responses.take(torch.arange(len(train.responses)))
     at = len(vectors)
     table = load_preferences(cache, cache.comparisons(), device="cpu").responses
+    assert isinstance(table, VectorTable)
     table._resident = torch.cat([vectors, torch.full((1, vectors.shape[1]), torch.nan)])
     table._rows = torch.arange(at + 1)
     left = train.response_1.clone()

@@ -1,5 +1,5 @@
 """Encoders: frozen models that turn texts into vectors, behind one protocol."""
 
-from palcache.encoders.protocols import Encoder, Role, TokenizedTexts
+from palcache.encoders.protocols import Encoder, KeptTokens, Role, StateEncoder, States, TokenizedTexts
 
-__all__ = ["Encoder", "Role", "TokenizedTexts"]
+__all__ = ["Encoder", "KeptTokens", "Role", "StateEncoder", "States", "TokenizedTexts"]

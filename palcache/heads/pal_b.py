@@ -1,12 +1,12 @@
 """PAL-B: a user's ideal response depends on the prompt and is a mixture of k shared prototypes.
 
-`a_u(prompt) = sum_j w_uj g_j(prompt)` and `r(response) = exp(logit_scale) cos(f(response), a_u(prompt))`
-(Chen et al., "PAL: Sample-Efficient Personalized Reward Modeling for Pluralistic Alignment", ICLR 2025).
+`a_u(prompt) = sum_j w_uj g_j(prompt)`, and by default `r(response) = exp(logit_scale) cos(f(response), a_u(prompt))`; the
+other scores are in `palcache.heads.scores` (Chen et al., "PAL: Sample-Efficient Personalized Reward Modeling for Pluralistic
+Alignment", ICLR 2025).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final, final
@@ -14,15 +14,15 @@ from typing import Final, final
 import torch
 import torch.nn.functional as F
 
+from palcache.choices import LOSS_OF, Loss, Mixture, Score, Start
 from palcache.configs import HeadConfig
-from palcache.heads.mixtures import softmax_mixtures
+from palcache.heads.ideal_points import batch_mixtures, both_rewards, compare, project, project_items
+from palcache.heads.mixtures import mix
 from palcache.heads.projectors import Parameters, Projector
+from palcache.heads.scores import SCALED, initial_scale
 from palcache.tensors import PairBatch
+from palcache.token_batches import TokenBatch
 
-MAX_SCALE: Final = 100.0
-"""The published clamp of exp(logit_scale)."""
-INITIAL_SCALE: Final = 1 / 0.07
-"""The published start of exp(logit_scale)."""
 SPREAD: Final = 0.1
 """Size of the prototypes' initial differences, as a share of an ordinary initialisation."""
 
@@ -39,6 +39,9 @@ class PalB:
         users: number of users, u.
         projector: name of the projectors in the grammar of `palcache.heads.projectors`.
         temperature: of the softmax over user weights.
+        score: how an item and an ideal point make a reward.
+        mixture: how user weights become a point of the simplex.
+        start: how parameters are drawn, see `initial`.
     """
 
     d: int
@@ -47,6 +50,9 @@ class PalB:
     users: int
     projector: str
     temperature: float
+    score: Score = "angle"
+    mixture: Mixture = "softmax"
+    start: Start = "shared"
 
     @classmethod
     def from_config(cls, config: HeadConfig, *, d: int, users: int) -> PalB:
@@ -55,9 +61,25 @@ class PalB:
         Raises:
             InputError: the projector does not fit the widths.
         """
-        head = cls(d, config.p or d, config.k, users, config.projector, config.temperature)
+        name, score = config.projector, config.score or "angle"
+        head = cls(d, config.p or d, config.k, users, name, config.temperature, score, config.mixture, config.start)
         head.items, head.prototypes  # noqa: B018 - refuses a projector that does not fit
         return head
+
+    @property
+    def joint(self) -> bool:
+        """Responses are read alone."""
+        return False
+
+    @property
+    def closed_form(self) -> bool:
+        """It is trained step by step."""
+        return False
+
+    @property
+    def loss(self) -> Loss:
+        """The loss that its score was published with."""
+        return LOSS_OF[self.score]
 
     @property
     def items(self) -> Projector:
@@ -74,31 +96,47 @@ class PalB:
 
         The prototypes begin as one shared map with small differences that sum to zero, and every user in the middle of
         the simplex, so that users part along what the data says and not along a random start. With the published start
-        (independent prototypes, user weights from N(0, 1)) some seeds end in bad optima; `docs/defaults.md` has the
-        numbers.
+        (independent prototypes, user weights from N(0, 1)), which `start = "published"` draws, some seeds end in bad
+        optima; `docs/defaults.md` has the numbers.
         """
         f = {f"f.{name}": value for name, value in self.items.initial(generator).items()}
         base = replace(self.prototypes, copies=1).initial(generator)
         drawn = self.prototypes.initial(generator)
-        g = {f"g.{name}": base[name] + SPREAD * (value - value.mean(0)) for name, value in drawn.items()}
-        scale = torch.tensor(math.log(INITIAL_SCALE))
-        return {**f, **g, "user.logits": torch.zeros(self.users, self.k), "logit_scale": scale}
+        logits = torch.zeros(self.users, self.k)
+        if self.start == "published":
+            g = {f"g.{name}": value for name, value in drawn.items()}
+            logits = torch.randn(self.users, self.k, generator=generator)
+        else:
+            g = {f"g.{name}": _spread(base[name], value) for name, value in drawn.items()}
+        return {**f, **g, "user.logits": logits, "logit_scale": initial_scale()}
+
+    def trains(self, name: str) -> bool:
+        """Return whether training changes a parameter: the scale is fixed for some scores."""
+        return name != "logit_scale" or self.score in SCALED
 
     def mixtures(self, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return every user's mixture, (u, k)."""
-        return softmax_mixtures(parameters["user.logits"], self.temperature)
+        """Return every user's mixture in evaluation, (u, k)."""
+        return mix(self.mixture, parameters["user.logits"], self.temperature)
 
     def project_responses(
-        self, parameters: Mapping[str, torch.Tensor], x: torch.Tensor, noise: torch.Generator | None = None
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        x: torch.Tensor,
+        noise: torch.Generator | None = None,
+        updates: Parameters | None = None,
     ) -> torch.Tensor:
-        """Return f of response vectors, (R, d) -> (R, p)."""
-        return self.items(_part(parameters, "f."), x, noise)
+        """Return f of response vectors, (..., d) -> (..., p)."""
+        return project(self.items, "f.", parameters, x, noise, updates)
 
     def project_prompts(
-        self, parameters: Mapping[str, torch.Tensor], x: torch.Tensor, noise: torch.Generator | None = None
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        x: torch.Tensor,
+        noise: torch.Generator | None = None,
+        updates: Parameters | None = None,
     ) -> torch.Tensor:
-        """Return g_1 ... g_k of prompt vectors, (P, d) -> (k, P, p)."""
-        return self.prototypes(_part(parameters, "g."), x, noise)
+        """Return g_1 ... g_k of prompt vectors, (..., d) -> (k, ..., p)."""
+        return project(self.prototypes, "g.", parameters, x, noise, updates)
 
     def margins(
         self,
@@ -107,6 +145,7 @@ class PalB:
         *,
         mixtures: torch.Tensor | None = None,
         noise: torch.Generator | None = None,
+        updates: Parameters | None = None,
     ) -> torch.Tensor:
         """Return r(response_2) - r(response_1), (n,); positive predicts y = +1.
 
@@ -114,14 +153,61 @@ class PalB:
             parameters: as `initial` draws them.
             batch: the comparisons.
             mixtures: one mixture per comparison, (n, k); None takes the head's own users.
-            noise: draws dropout in training; None in evaluation.
+            noise: draws dropout and Gumbel noise in training; None in evaluation.
+            updates: receives new running statistics in training; None in evaluation.
         """
+        points = self.points(parameters, batch, mixtures=mixtures, noise=noise, updates=updates)
+        return self.compare(parameters, *points)
+
+    def token_scores(
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        batch: TokenBatch,
+        *,
+        mixtures: torch.Tensor | None = None,
+        noise: torch.Generator | None = None,
+        updates: Parameters | None = None,
+    ) -> torch.Tensor:
+        """Return r(response_1) and r(response_2) at every position, (n, t, 2); arguments as for `margins`."""
+        points = self.points(parameters, batch, mixtures=mixtures, noise=noise, updates=updates)
+        return both_rewards(self.score, parameters, *points)
+
+    def points(
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        batch: PairBatch | TokenBatch,
+        *,
+        mixtures: torch.Tensor | None = None,
+        noise: torch.Generator | None = None,
+        updates: Parameters | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return items as the score compares them, left and right, and ideal points as they are, (..., p) each."""
         if mixtures is None:
-            mixtures = F.embedding(batch.user, self.mixtures(parameters))
-        items = F.normalize(self.project_responses(parameters, batch.responses, noise), dim=-1)
-        ideal = self.ideal_points(self.project_prompts(parameters, batch.prompts, noise), batch.prompt, mixtures)
-        difference = F.embedding(batch.response_2, items) - F.embedding(batch.response_1, items)
-        return scale(parameters) * (difference * F.normalize(ideal, dim=-1)).sum(-1)
+            logits = parameters["user.logits"]
+            mixtures = batch_mixtures(self.mixture, logits, batch.user, self.temperature, noise, updates)
+        left, right = project_items(self.items, self.score, parameters, batch, noise, updates)
+        prompts = batch.prompts
+        if isinstance(batch, TokenBatch):
+            prototypes = self.project_prompts(parameters, prompts, noise, updates)
+            weights = mixtures.T.reshape(self.k, -1, *[1] * (prompts.dim() - 1))
+            ideal = (prototypes * weights).sum(0)
+            return left, right, ideal if prompts.dim() > 2 else ideal.unsqueeze(1)
+        if self.prototypes.batchnorm and updates is not None:  # statistics of the comparisons, not of distinct prompts
+            prompts, prompt = prompts[batch.prompt], torch.arange(len(batch.prompt), device=prompts.device)
+        else:
+            prompt = batch.prompt
+        prototypes = self.project_prompts(parameters, prompts, noise, updates)
+        return left, right, self.ideal_points(prototypes, prompt, mixtures)
+
+    def compare(
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        left: torch.Tensor,
+        right: torch.Tensor,
+        ideal: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return r(right) - r(left) of what `points` returned, (...,)."""
+        return compare(self.score, parameters, left, right, ideal)
 
     def ideal_points(self, prototypes: torch.Tensor, prompt: torch.Tensor, mixtures: torch.Tensor) -> torch.Tensor:
         """Return a_u(prompt) per comparison, (n, p).
@@ -139,10 +225,6 @@ class PalB:
         return ideal
 
 
-def scale(parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Return exp(logit_scale), at most 100, ()."""
-    return parameters["logit_scale"].exp().clamp(max=MAX_SCALE)
-
-
-def _part(parameters: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): value for name, value in parameters.items() if name.startswith(prefix)}
+def _spread(base: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """Return k copies of a start with small differences that sum to zero; counts of batchnorms stay as they are."""
+    return base + SPREAD * (drawn - drawn.mean(0)) if drawn.is_floating_point() else drawn

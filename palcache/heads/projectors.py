@@ -1,9 +1,10 @@
 """Projectors: small multilayer perceptrons as pure functions of their parameters.
 
-A name of the grammar `mlp{L}-{relu|gelu|linear}-dropout{D}[-residual][-nobias]` stands for L hidden layers of width p,
-each followed by dropout and activation, and one output layer: `mlp2` has three linear layers. `D` are the digits after
-the decimal point: `dropout05` is 0.05, `dropout5` is 0.5. (Published PAL implementation, github
-RamyaLab/pluralistic-alignment.)
+A name of the grammar `mlp{L}-{relu|gelu|linear}-dropout{D}[-residual][-batchnorm][-nobias]` stands for L hidden layers of
+width p, each followed by (batchnorm,) dropout and activation, and one output layer: `mlp2` has three linear layers. `D` are
+the digits after the decimal point: `dropout05` is 0.05, `dropout5` is 0.5. (Published PAL implementation, github
+RamyaLab/pluralistic-alignment.) Running statistics of a batchnorm are parameters too, which no gradient changes: a
+training pass returns new ones.
 """
 
 from __future__ import annotations
@@ -12,15 +13,26 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import Final, final
 
 import torch
 import torch.nn.functional as F
 
-from palcache.configs import PROJECTOR, PROJECTOR_GRAMMAR
+from palcache.choices import PROJECTOR, PROJECTOR_GRAMMAR
 from palcache.errors import InputError
 
 Parameters = dict[str, torch.Tensor]
+
+EPSILON: Final = 1e-5
+MOMENTUM: Final = 0.1
+"""Of a batchnorm: torch's defaults, which the published implementation keeps."""
+STATISTICS: Final = ("mean", "var", "count")
+
+
+def is_buffer(name: str) -> bool:
+    """Return whether a parameter is a running statistic, which no gradient changes."""
+    stem, _, last = name.rpartition(".")
+    return last in STATISTICS and stem.endswith(".norm")
 
 
 @final
@@ -37,6 +49,7 @@ class Projector:
         dropout: probability in [0, 1).
         residual: add the input to the output; needs d = p.
         bias: the linear layers have a bias.
+        batchnorm: the hidden layers have a batchnorm after the linear map.
     """
 
     d: int
@@ -47,6 +60,7 @@ class Projector:
     dropout: float
     residual: bool
     bias: bool
+    batchnorm: bool = False
 
     @classmethod
     @functools.cache
@@ -74,6 +88,7 @@ class Projector:
             float("0." + match["dropout"]),
             residual=match["residual"] is not None,
             bias=match["nobias"] is None,
+            batchnorm=match["batchnorm"] is not None and int(match["hidden"]) > 0,
         )
 
     def initial(self, generator: torch.Generator) -> Parameters:
@@ -86,13 +101,21 @@ class Projector:
             parameters[f"{layer}.weight"] = weight
             if self.bias:
                 parameters[f"{layer}.bias"] = torch.empty(*lead, self.p).uniform_(-bound, bound, generator=generator)
+            if self.batchnorm and layer < self.hidden:
+                parameters |= {f"{layer}.norm.{name}": torch.ones(*lead, self.p) for name in ("weight", "var")}
+                parameters |= {f"{layer}.norm.{name}": torch.zeros(*lead, self.p) for name in ("bias", "mean")}
+                parameters[f"{layer}.norm.count"] = torch.zeros(lead, dtype=torch.int64)
         return parameters
 
     def _widths(self) -> list[int]:
         return [self.d, *[self.p] * self.hidden] if self.hidden >= 0 else []
 
     def __call__(
-        self, parameters: Mapping[str, torch.Tensor], x: torch.Tensor, noise: torch.Generator | None = None
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        x: torch.Tensor,
+        noise: torch.Generator | None = None,
+        updates: Parameters | None = None,
     ) -> torch.Tensor:
         """Project rows.
 
@@ -100,6 +123,8 @@ class Projector:
             parameters: as `initial` draws them.
             x: (m, d).
             noise: draws dropout in training; None in evaluation.
+            updates: in training, receives the new running statistics of batchnorms, which then normalise with those of
+                the rows; None in evaluation.
 
         Returns:
             (m, p), or (copies, m, p).
@@ -107,6 +132,8 @@ class Projector:
         out = x if self.copies is None else x.expand(self.copies, *x.shape)
         for layer in range(len(self._widths())):
             if layer:
+                if self.batchnorm:
+                    out = _normalise(parameters, f"{layer - 1}.norm.", out, updates)
                 out = self._activate(_dropout(out, self.dropout, noise))
             out = self._linear(parameters, layer, x if layer == 0 else out)
         return out + x if self.residual else out
@@ -132,3 +159,24 @@ def _dropout(x: torch.Tensor, p: float, noise: torch.Generator | None) -> torch.
         return x
     uniform = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=noise)  # half the time of bernoulli_
     return x * uniform.ge_(p).div_(1 - p)
+
+
+def _normalise(
+    parameters: Mapping[str, torch.Tensor], prefix: str, x: torch.Tensor, updates: Parameters | None
+) -> torch.Tensor:
+    """Return batch-normalised rows of x, (..., m, p): by their own statistics in training, else by the running ones.
+
+    A single row is normalised to the bias, and its running variance is that of no spread.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean, var = parameters[prefix + "mean"], parameters[prefix + "var"]
+    if updates is not None:
+        rows = x.shape[-2]
+        old_mean, old_var = mean, var
+        mean, var = x.mean(-2), x.var(-2, correction=0)
+        unbiased = var.detach() * (rows / max(rows - 1, 1))
+        updates[prefix + "mean"] = torch.lerp(old_mean, mean.detach(), MOMENTUM)
+        updates[prefix + "var"] = torch.lerp(old_var, unbiased, MOMENTUM)
+        updates[prefix + "count"] = parameters[prefix + "count"] + 1
+    centred = (x - mean.unsqueeze(-2)) * torch.rsqrt(var + EPSILON).unsqueeze(-2)
+    return centred * parameters[prefix + "weight"].unsqueeze(-2) + parameters[prefix + "bias"].unsqueeze(-2)

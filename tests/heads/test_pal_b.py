@@ -15,7 +15,7 @@ from torch.func import grad, vmap
 from palcache.configs import HeadConfig
 from palcache.errors import InputError
 from palcache.heads import PalB, Parameters
-from palcache.heads.pal_b import scale
+from palcache.heads.scores import scale
 from palcache.losses import cross_entropy
 from palcache.tensors import PairBatch
 from tests.heads.test_projectors import doubles, reference

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palcache.configs import PROJECTOR_GRAMMAR
+from palcache.choices import PROJECTOR_GRAMMAR
 from palcache.errors import InputError
 from palcache.heads import Parameters, Projector
 
@@ -97,7 +97,8 @@ def test_dropout_digits_stand_after_the_point(digits: str, probability: float) -
 @pytest.mark.parametrize(
     "name",
     ["", "mlp", "mlp2", "mlp2-relu", "mlp2-tanh-dropout1", "mlp-relu-dropout1", "mlp2-relu-dropout", "identity-nobias",
-     "mlp2-relu-dropout1-nobias-residual", "mlp2-relu-dropout1-batchnorm", " mlp2-relu-dropout1", "mlp2-relu-dropout1\n"],
+     "mlp2-relu-dropout1-nobias-residual", "mlp2-relu-dropout1-nobias-batchnorm",
+     " mlp2-relu-dropout1", "mlp2-relu-dropout1\n"],
 )  # fmt: skip
 def test_other_names_are_refused_with_the_grammar(name: str) -> None:
     with pytest.raises(InputError, match="expected identity or mlp") as caught:

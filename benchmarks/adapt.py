@@ -1,0 +1,141 @@
+"""adapt: 100,000 new users with 10 comparisons each on a head of k = 8, from vectors to mixtures with covariances.
+
+Run with `python -m benchmarks.adapt [--quick]`. It prints the seconds of the reduction and of the solution, and the largest
+difference between a user in the batch and the same user alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+
+import torch
+
+from palcache.checkpoints import TrainedHead
+from palcache.configs import HeadConfig
+from palcache.heads import PalB
+from palcache.posteriors import Gaussian, maximum_a_posteriori
+from palcache.reductions import ReducedComparisons, reduce_comparisons
+from palcache.tensors import PreferenceData
+
+USERS, SHOTS, K, D = 100_000, 10, 8, 384
+PROMPTS, RESPONSES = 5_000, 20_000
+GOAL_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What was measured.
+
+    Attributes:
+        users: new users.
+        reduce: seconds from vectors to terms of size k.
+        solve: seconds from those to mixtures and covariances.
+        cpu: seconds of processor time that both took.
+        difference: largest absolute difference of a mixture in the batch and alone, over 50 users.
+    """
+
+    users: int
+    reduce: float
+    solve: float
+    cpu: float
+    difference: float
+
+    @property
+    def seconds(self) -> float:
+        """In all."""
+        return self.reduce + self.solve
+
+
+class _Vectors:
+    """Stands for a table of vectors in memory."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.rows, self.width, self.streamed = rows, rows.shape[1], False
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, index: torch.Tensor) -> torch.Tensor:
+        return self.rows[index]
+
+
+def measure(*, quick: bool = False, device: str = "cpu") -> Figures:
+    """Time one adaptation of all users; answers are drawn from the head under random mixtures."""
+    generator = torch.Generator().manual_seed(0)
+    users = USERS // 100 if quick else USERS
+    shape = PalB.from_config(HeadConfig(k=K), d=D, users=1)
+    drawn = shape.initial(generator)
+    drawn |= {f"g.{name}": value for name, value in shape.prototypes.initial(generator).items()}  # unlike one another
+    head = TrainedHead(shape, drawn, ("nobody",), {}).to(torch.device(device))
+    data = _questions(users, generator, device)
+    start, spent = time.perf_counter(), time.process_time()
+    reduced = reduce_comparisons(head, data)
+    _finish(device)
+    middle = time.perf_counter()
+    reduced = _answers(reduced, generator)
+    prior = Gaussian(torch.zeros(K - 1, dtype=torch.float64), 2 * torch.eye(K - 1, dtype=torch.float64))
+    prior = prior.to(torch.device(device))
+    begun = time.perf_counter()
+    found = maximum_a_posteriori(reduced, prior)
+    _finish(device)
+    end, spent = time.perf_counter(), time.process_time() - spent
+    difference = 0.0
+    for user in range(0, users, users // 50):
+        alone = maximum_a_posteriori(reduced.take(torch.nonzero(reduced.user == user)[:, 0]), prior)
+        difference = max(difference, float((alone.mixtures[user] - found.mixtures[user]).abs().max()))
+    return Figures(users, middle - start, end - begun, spent, difference)
+
+
+def _questions(users: int, generator: torch.Generator, device: str) -> PreferenceData:
+    n = users * SHOTS
+
+    def numbers(high: int) -> torch.Tensor:
+        return torch.randint(high, (n,), generator=generator).to(device)
+
+    left = numbers(RESPONSES)
+    return PreferenceData(
+        prompts=_Vectors(torch.randn(PROMPTS, D, generator=generator).to(device)),  # type: ignore[arg-type]
+        responses=_Vectors(torch.randn(RESPONSES, D, generator=generator).to(device)),  # type: ignore[arg-type]
+        prompt=numbers(PROMPTS),
+        response_1=left,
+        response_2=(left + 1 + numbers(RESPONSES - 1)) % RESPONSES,
+        user=torch.arange(users, device=device).repeat_interleave(SHOTS),
+        y=torch.ones(n, device=device),
+        users=tuple(map(str, range(users))),
+    )
+
+
+def _answers(reduced: ReducedComparisons, generator: torch.Generator) -> ReducedComparisons:
+    """Return the comparisons with answers drawn under mixtures of their own for every user."""
+    logits = 1.5 * torch.randn(len(reduced.users), K, generator=generator, dtype=torch.float64)
+    chance = torch.sigmoid(reduced.margins(torch.softmax(logits, dim=1).to(reduced.b)))
+    uniform = torch.rand(len(reduced), generator=generator, dtype=torch.float64).to(reduced.b)
+    answers = torch.where(uniform < chance, 1.0, -1.0).double()
+    names = ("b", "grams", "prompt", "user", "users", "temperature")
+    return ReducedComparisons(y=answers, **{name: getattr(reduced, name) for name in names})
+
+
+def _finish(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    """Print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    found = measure(quick=options.quick, device=options.device)
+    threads = torch.get_num_threads()
+    print(
+        f"{found.users:,} users x {SHOTS} comparisons, k = {K}: {found.seconds:.1f} s with {threads} threads (reduce "
+        f"{found.reduce:.1f}, solve {found.solve:.1f}, processor time {found.cpu:.1f}; goal {GOAL_SECONDS:.0f}); largest "
+        f"difference of a user in the batch and alone {found.difference:.1e}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""What PAL-A and PAL-B share: projected items, a batch's mixtures, and scores against ideal points."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from palcache.choices import Mixture, Score
+from palcache.heads.mixtures import mix
+from palcache.heads.projectors import Parameters, Projector
+from palcache.heads.scores import lookup, margins, prepare, rewards, scale
+from palcache.tensors import PairBatch
+from palcache.token_batches import TokenBatch
+
+
+def project(
+    projector: Projector,
+    prefix: str,
+    parameters: Mapping[str, torch.Tensor],
+    x: torch.Tensor,
+    noise: torch.Generator | None = None,
+    updates: Parameters | None = None,
+) -> torch.Tensor:
+    """Return a projector's image of rows or of positions, (..., d) -> (..., p) or (copies, ..., p).
+
+    Its parameters stand under `prefix`; running statistics go on from those in `updates`, so that several calls in one
+    pass follow each other.
+    """
+    own = part(parameters, prefix)
+    rows = x.reshape(-1, x.shape[-1]) if x.dim() > 2 else x
+    if updates is None or not projector.batchnorm:
+        out = projector(own, rows, noise)
+    else:
+        found: Parameters = {}
+        out = projector({**own, **part(updates, prefix)}, rows, noise, found)
+        updates.update({prefix + name: value for name, value in found.items()})
+    return out if x.dim() <= 2 else out.reshape(*out.shape[:-2], *x.shape[:-1], projector.p)
+
+
+def part(parameters: Mapping[str, torch.Tensor], prefix: str) -> Parameters:
+    """Return the parameters under a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in parameters.items() if name.startswith(prefix)}
+
+
+def project_items(
+    projector: Projector,
+    score: Score,
+    parameters: Mapping[str, torch.Tensor],
+    batch: PairBatch | TokenBatch,
+    noise: torch.Generator | None,
+    updates: Parameters | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return both items of each comparison as the score compares them, (n, p) or (n, t, p).
+
+    Distinct rows are projected once, except where a batchnorm takes its statistics from them: then all left rows are,
+    and after them all right rows, as published.
+    """
+    if isinstance(batch, TokenBatch):
+        sides = batch.left, batch.right
+    elif projector.batchnorm and updates is not None:
+        sides = batch.responses[batch.response_1], batch.responses[batch.response_2]
+    else:
+        items = prepare(score, project(projector, "f.", parameters, batch.responses, noise, updates))
+        return lookup(items, batch.response_1), lookup(items, batch.response_2)
+    left, right = (prepare(score, project(projector, "f.", parameters, side, noise, updates)) for side in sides)
+    return left, right
+
+
+def batch_mixtures(
+    kind: Mixture,
+    logits: torch.Tensor,
+    user: torch.Tensor,
+    temperature: float,
+    noise: torch.Generator | None,
+    updates: Parameters | None,
+) -> torch.Tensor:
+    """Return the mixture of each comparison's user, (n, k); Gumbel noise is drawn anew for each comparison."""
+    training = noise is not None or updates is not None
+    if kind in {"gumbel", "gumbel_hard"}:
+        return mix(kind, lookup(logits, user), temperature, training=training, noise=noise)
+    return lookup(mix(kind, logits, temperature, training=training), user)
+
+
+def compare(
+    score: Score,
+    parameters: Mapping[str, torch.Tensor],
+    left: torch.Tensor,
+    right: torch.Tensor,
+    ideal: torch.Tensor,
+) -> torch.Tensor:
+    """Return r(right) - r(left) of prepared items against ideal points as they are, (...,)."""
+    return margins(score, left, right, prepare(score, ideal), scale(parameters))
+
+
+def both_rewards(
+    score: Score,
+    parameters: Mapping[str, torch.Tensor],
+    left: torch.Tensor,
+    right: torch.Tensor,
+    ideal: torch.Tensor,
+) -> torch.Tensor:
+    """Return r(left) and r(right), (..., 2); arguments as for `compare`."""
+    ideal, s = prepare(score, ideal), scale(parameters)
+    return torch.stack([rewards(score, left, ideal, s), rewards(score, right, ideal, s)], dim=-1)

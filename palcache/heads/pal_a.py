@@ -1,0 +1,206 @@
+"""PAL-A: items are prompt and response together, and a user's ideal point is made of k shared prototypes P.
+
+| user form | ideal point | P |
+|---|---|---|
+| `f(Pw)` | f of the mixture | (k, d) |
+| `f(P)w` | mixture of f of the prototypes | (k, d) |
+| `Pw` | the mixture itself | (k, p) |
+| `|f(P)|w` | mixture of f of the prototypes, each of norm 1 | (k, d) |
+
+Published with `f(Pw)` and `r(item) = -|f(item) - a_u|` (Chen et al., "PAL: Sample-Efficient Personalized Reward Modeling
+for Pluralistic Alignment", ICLR 2025).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, final
+
+import torch
+
+from palcache.choices import LOSS_OF, Loss, Mixture, Score, Start, UserForm
+from palcache.configs import HeadConfig
+from palcache.heads.ideal_points import batch_mixtures, both_rewards, compare, project, project_items
+from palcache.heads.mixtures import mix
+from palcache.heads.projectors import Parameters, Projector
+from palcache.heads.scores import SCALED, initial_scale, unit
+from palcache.tensors import PairBatch
+from palcache.token_batches import TokenBatch
+
+SPREAD: Final = 0.1
+"""Size of the prototypes' initial differences, as a share of an ordinary initialisation."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class PalA:
+    """The shape of a PAL-A head; its parameters are handed to each method, so that many heads share one shape.
+
+    Attributes:
+        d: width of the encoder's vectors.
+        p: width of the preference space.
+        k: number of prototypes.
+        users: number of users, u.
+        projector: name of the projector in the grammar of `palcache.heads.projectors`.
+        temperature: of the softmax over user weights.
+        score: how an item and an ideal point make a reward.
+        user_form: how an ideal point is made.
+        mixture: how user weights become a point of the simplex.
+        start: how parameters are drawn, see `initial`.
+    """
+
+    d: int
+    p: int
+    k: int
+    users: int
+    projector: str
+    temperature: float
+    score: Score = "dist"
+    user_form: UserForm = "f(Pw)"
+    mixture: Mixture = "softmax"
+    start: Start = "shared"
+
+    @classmethod
+    def from_config(cls, config: HeadConfig, *, d: int, users: int) -> PalA:
+        """Build the shape for an encoder of width d and a number of users.
+
+        Raises:
+            InputError: the projector does not fit the widths.
+        """
+        head = cls(
+            d,
+            config.p or d,
+            config.k,
+            users,
+            config.projector,
+            config.temperature,
+            config.score or "dist",
+            config.user_form,
+            config.mixture,
+            config.start,
+        )
+        head.items  # noqa: B018 - refuses a projector that does not fit
+        return head
+
+    @property
+    def joint(self) -> bool:
+        """Prompt and response are read together."""
+        return True
+
+    @property
+    def closed_form(self) -> bool:
+        """It is trained step by step."""
+        return False
+
+    @property
+    def loss(self) -> Loss:
+        """The loss that its score was published with."""
+        return LOSS_OF[self.score]
+
+    @property
+    def items(self) -> Projector:
+        """f, of items and, but for `Pw`, of prototypes."""
+        return Projector.parse(self.projector, d=self.d, p=self.p)
+
+    def initial(self, generator: torch.Generator) -> Parameters:
+        """Draw parameters: `f.*`, `prototypes` (k, d or p), `user.logits` (u, k) and `logit_scale` ().
+
+        Prototypes begin as one Gaussian row of norm 1 with small differences that sum to zero, and every user in the
+        middle of the simplex. `start = "published"` draws independent rows of norm 1 and user weights from N(0, 1).
+        """
+        parameters = {f"f.{name}": value for name, value in self.items.initial(generator).items()}
+        width = self.p if self.user_form == "Pw" else self.d
+        base = unit(torch.randn(width, generator=generator))
+        prototypes = unit(torch.randn(self.k, width, generator=generator))
+        logits = torch.zeros(self.users, self.k)
+        if self.start == "published":
+            logits = torch.randn(self.users, self.k, generator=generator)
+        else:
+            prototypes = base + SPREAD * (prototypes - prototypes.mean(0))
+        return {**parameters, "prototypes": prototypes, "user.logits": logits, "logit_scale": initial_scale()}
+
+    def trains(self, name: str) -> bool:
+        """Return whether training changes a parameter: the scale is fixed for some scores."""
+        return name != "logit_scale" or self.score in SCALED
+
+    def mixtures(self, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return every user's mixture in evaluation, (u, k)."""
+        return mix(self.mixture, parameters["user.logits"], self.temperature)
+
+    def ideal_points(
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        mixtures: torch.Tensor,
+        noise: torch.Generator | None = None,
+        updates: Parameters | None = None,
+    ) -> torch.Tensor:
+        """Return the ideal point of each mixture, (n, k) -> (n, p)."""
+        prototypes = parameters["prototypes"]
+        if self.user_form == "Pw":
+            return mixtures @ prototypes
+        if self.user_form == "f(Pw)":
+            return project(self.items, "f.", parameters, mixtures @ prototypes, noise, updates)
+        projected = project(self.items, "f.", parameters, prototypes, noise, updates)
+        return mixtures @ (unit(projected) if self.user_form == "|f(P)|w" else projected)
+
+    def margins(
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        batch: PairBatch,
+        *,
+        mixtures: torch.Tensor | None = None,
+        noise: torch.Generator | None = None,
+        updates: Parameters | None = None,
+    ) -> torch.Tensor:
+        """Return r(response_2) - r(response_1), (n,); positive predicts y = +1.
+
+        Args:
+            parameters: as `initial` draws them.
+            batch: the comparisons; their response vectors are of prompt and response together, prompts are not read.
+            mixtures: one mixture per comparison, (n, k); None takes the head's own users.
+            noise: draws dropout and Gumbel noise in training; None in evaluation.
+            updates: receives new running statistics in training; None in evaluation.
+        """
+        points = self.points(parameters, batch, mixtures=mixtures, noise=noise, updates=updates)
+        return self.compare(parameters, *points)
+
+    def token_scores(
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        batch: TokenBatch,
+        *,
+        mixtures: torch.Tensor | None = None,
+        noise: torch.Generator | None = None,
+        updates: Parameters | None = None,
+    ) -> torch.Tensor:
+        """Return r(response_1) and r(response_2) at every position, (n, t, 2); arguments as for `margins`."""
+        points = self.points(parameters, batch, mixtures=mixtures, noise=noise, updates=updates)
+        return both_rewards(self.score, parameters, *points)
+
+    def points(
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        batch: PairBatch | TokenBatch,
+        *,
+        mixtures: torch.Tensor | None = None,
+        noise: torch.Generator | None = None,
+        updates: Parameters | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return items as the score compares them, left and right, and ideal points as they are, (..., p) each."""
+        if mixtures is None:
+            logits = parameters["user.logits"]
+            mixtures = batch_mixtures(self.mixture, logits, batch.user, self.temperature, noise, updates)
+        left, right = project_items(self.items, self.score, parameters, batch, noise, updates)
+        ideal = self.ideal_points(parameters, mixtures, noise, updates)
+        return left, right, ideal.unsqueeze(1) if isinstance(batch, TokenBatch) else ideal
+
+    def compare(
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        left: torch.Tensor,
+        right: torch.Tensor,
+        ideal: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return r(right) - r(left) of what `points` returned, (...,)."""
+        return compare(self.score, parameters, left, right, ideal)

@@ -1,0 +1,163 @@
+"""What training minimises: a head's margins through a loss, over comparisons or over the tokens of their spans."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, final
+
+import torch
+
+from palcache.configs import FitConfig
+from palcache.heads.projectors import Parameters
+from palcache.heads.protocols import Head, IdealPointHead
+from palcache.losses import norm_bound, pairwise_loss, reduce_loss, token_accuracy, token_loss, user_weights
+from palcache.tensors import PairBatch
+from palcache.token_batches import TokenBatch
+
+EVALUATION_ROWS: Final = 8_192
+TOKEN_ROWS: Final = 256
+
+
+class TrainingData(Protocol):
+    """Comparisons with their vectors, pooled (`PreferenceData`) or of every token (`TokenData`)."""
+
+    @property
+    def user(self) -> torch.Tensor:
+        """Number of the user, (n,); -1 where unknown."""
+
+    @property
+    def users(self) -> Sequence[str]:
+        """Ids of the users."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are."""
+
+    @property
+    def width(self) -> int:
+        """Width of the vectors, d."""
+
+    @property
+    def streamed(self) -> bool:
+        """Vectors are read batch by batch."""
+
+    @property
+    def joint(self) -> bool:
+        """Vectors are of prompt and response in one forward."""
+
+    def __len__(self) -> int:
+        """Return the number of comparisons."""
+
+    def batch(self, rows: torch.Tensor) -> PairBatch | TokenBatch:
+        """Return some comparisons."""
+
+    def batches(self, size: int) -> Iterator[PairBatch | TokenBatch]:
+        """Yield all comparisons in order, `size` at a time."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """The loss of a head on batches, a pure function of the parameters.
+
+    Attributes:
+        shape: the head.
+        config: loss, weightings, bound and precision.
+    """
+
+    shape: Head
+    config: FitConfig
+
+    def __call__(
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        batch: PairBatch | TokenBatch,
+        *,
+        noise: torch.Generator | None = None,
+        updates: Parameters | None = None,
+        counts: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the loss of a batch in a training pass, (): in nats per comparison where it is a likelihood.
+
+        Args:
+            parameters: of the head.
+            batch: pooled comparisons, or comparisons with every token.
+            noise: draws dropout and Gumbel noise.
+            updates: receives new running statistics; also without them it is an empty dictionary in training.
+            counts: number of training comparisons of each user, (u,), where every user is to count the same.
+        """
+        with _precision(self.config, batch.y.device):
+            margins, ideal = self._forward(parameters, batch, noise, updates)
+        margins = margins.to(torch.promote_types(margins.dtype, torch.float32))
+        weights = None if counts is None else user_weights(batch.user, counts).to(margins.dtype)
+        loss = reduce_loss(self._losses(margins, batch), weights)
+        if ideal is None:
+            return loss
+        rows = ideal.to(margins.dtype).reshape(-1, ideal.shape[-1])
+        return loss + self.config.bound_weight * norm_bound(rows, self.config.bound)
+
+    def _forward(
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        batch: PairBatch | TokenBatch,
+        noise: torch.Generator | None,
+        updates: Parameters | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return margins, (n,) or (n, t), and the ideal points where their norms are bounded."""
+        options: dict[str, Any] = {"noise": noise, "updates": updates}
+        shape = self.shape
+        if isinstance(batch, PairBatch) and not self.config.bound_weight:
+            return shape.margins(parameters, batch, **options), None
+        assert isinstance(shape, IdealPointHead)  # noqa: S101 - `fit` refuses the others
+        points = shape.points(parameters, batch, **options)
+        return shape.compare(parameters, *points), points[2] if self.config.bound_weight else None
+
+    def _losses(self, margins: torch.Tensor, batch: PairBatch | TokenBatch) -> torch.Tensor:
+        """Return the loss of each comparison, (n,)."""
+        kind = self.config.loss or self.shape.loss
+        if isinstance(batch, PairBatch):
+            return pairwise_loss(kind, margins, batch.y)
+        weighting = self.config.token_weighting or "mean"
+        return token_loss(kind, margins, batch.y, batch.divergence, batch.end, weighting)
+
+    @torch.no_grad()
+    def validate(self, parameters: Mapping[str, torch.Tensor], data: TrainingData) -> tuple[float, float]:
+        """Return mean loss and accuracy in evaluation; users whom the head does not know (-1) have the mean mixture.
+
+        Of token data, accuracy is the mean share of right tokens.
+        """
+        known = self.shape.mixtures(parameters)
+        mixtures = torch.cat([known, known.mean(0, keepdim=True)])
+        loss = torch.zeros((), dtype=torch.float64, device=data.device if data.device.type != "mps" else "cpu")
+        right = torch.zeros_like(loss)
+        for batch in data.batches(TOKEN_ROWS if self.config.token_weighting else EVALUATION_ROWS):
+            margins = self._evaluate(parameters, batch, mixtures[batch.user])
+            loss += self._losses(margins, batch).sum().to(loss)
+            right += _right(margins, batch).sum().to(loss)
+        return float(loss) / len(data), float(right) / len(data)
+
+    def _evaluate(
+        self, parameters: Mapping[str, torch.Tensor], batch: PairBatch | TokenBatch, mixtures: torch.Tensor
+    ) -> torch.Tensor:
+        if isinstance(batch, PairBatch):
+            return self.shape.margins(parameters, batch, mixtures=mixtures)
+        assert isinstance(self.shape, IdealPointHead)  # noqa: S101 - `fit` refuses the others
+        return self.shape.compare(parameters, *self.shape.points(parameters, batch, mixtures=mixtures))
+
+
+def _right(margins: torch.Tensor, batch: PairBatch | TokenBatch) -> torch.Tensor:
+    if isinstance(batch, PairBatch):
+        return (1 + margins.sign() * batch.y.sign()) / 2
+    return token_accuracy(margins, batch.y, batch.divergence, batch.end)
+
+
+@contextlib.contextmanager
+def _precision(config: FitConfig, device: torch.device) -> Iterator[None]:
+    """Run a forward pass in the configured precision; parameters and results stay as they are."""
+    if config.precision == "float32":
+        yield
+        return
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        yield

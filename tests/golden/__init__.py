@@ -1,0 +1,1 @@
+"""Caches of every format version, kept for ever."""
