@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from palcache.joints import load_joint as load_joint
     from palcache.lints import lint_cache as lint_cache
     from palcache.merges import merge_caches as merge_caches
-    from palcache.repairs import repair_cache as repair_cache
     from palcache.presets import load_preset as load_preset
+    from palcache.repairs import repair_cache as repair_cache
     from palcache.run_users import list_users as list_users
     from palcache.run_users import suggest_run as suggest_run
     from palcache.runs import RunResult as RunResult

@@ -80,7 +80,7 @@ def build_tokenizer(words: tuple[str, ...] = _WORDS, *, padding_side: str = "rig
     letters = [*"abcdefghijklmnopqrstuvwxyz0123456789.,:"]
     pieces = [*_SPECIAL, *letters, *(f"##{letter}" for letter in letters), *words]
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))  # noqa: S106 - no password
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(

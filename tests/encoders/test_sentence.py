@@ -20,7 +20,7 @@ import torch
 
 from palcache.batching import plan_batches
 from palcache.configs import EmbedConfig
-from palcache.encoders import Encoder, Role, sentence
+from palcache.encoders import Encoder, Role, loading
 from palcache.encoders.sentence import SentenceEncoder, load_encoder, resolve_compute_dtype
 from palcache.errors import InputError, ModelError
 from tests.tiny_models import LIMIT, WIDTH, build_tiny_model, build_tokenizer
@@ -331,8 +331,8 @@ def test_versions_and_sizes(models: dict[str, Path]) -> None:
     assert encoder.versions["device"].startswith("cpu ")
     assert (encoder.width, encoder.equal_lengths) == (7, False)
     assert load(models["left"]).equal_lengths
-    assert encoder.token_budget == sentence.CPU_TOKENS
-    assert 1 <= encoder.workers <= sentence.MAX_WORKERS
+    assert encoder.token_budget == loading.CPU_TOKENS
+    assert 1 <= encoder.workers <= loading.MAX_WORKERS
 
 
 # Loading
@@ -362,7 +362,7 @@ def test_without_a_network(models: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(models["prompts"], hub / "snapshots" / commit)
     code = OFFLINE.replace(
         "import json, sys",
-        f"import json, sys\nfrom palcache.encoders import sentence\nsentence.BUNDLED = 'nowhere_{commit}'",
+        f"import json, sys\nfrom palcache.encoders import loading\nloading.BUNDLED = 'nowhere_{commit}'",
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -393,11 +393,11 @@ def test_folders_without_a_model_are_refused(tmp_path: Path) -> None:
 def test_models_with_code_of_their_own_need_trust() -> None:
     """The message names the option."""
     error = ValueError("Please pass the argument `trust_remote_code=True` to allow custom code to be run.")
-    assert sentence._why_not("acme/own", "acme/own", error) == (
+    assert loading.why_not("acme/own", "acme/own", error) == (
         "The model acme/own runs code of its own repository; if you trust it, add --trust-remote-code."
     )
     missing = type("RepositoryNotFoundError", (OSError,), {})("404 Client Error")
-    assert "The hub has no model acme/own that you may read; check the id" in sentence._why_not(
+    assert "The hub has no model acme/own that you may read; check the id" in loading.why_not(
         "acme/own", "acme/own", missing
     )
 
@@ -411,12 +411,12 @@ def test_compute_types_that_cannot_work_are_refused() -> None:
         resolve_compute_dtype("float16", cpu)
 
 
-@pytest.mark.skipif(importlib.util.find_spec(sentence.BUNDLED) is None, reason="the bundled model is not installed")
+@pytest.mark.skipif(importlib.util.find_spec(loading.BUNDLED) is None, reason="the bundled model is not installed")
 def test_the_bundled_model_gives_its_own_vectors() -> None:
     """MiniLM through our batches equals sentence-transformers, and has its published width and limit."""
     encoder = load_encoder(EmbedConfig(device="cpu"))
-    place, label = sentence._locate("minilm")
-    assert encoder.about["model"] == label == sentence.MINILM
+    place, label = loading.locate("minilm")
+    assert encoder.about["model"] == label == loading.MINILM
     texts = ["A small cat.", "What should I cook tonight, if I have only rice and eggs?", "word " * 300]
     window = encoder.tokenize(texts, "response")
     assert (encoder.width, int(window.n_tokens.max())) == (384, 256)
@@ -433,7 +433,7 @@ def test_a_gpu_agrees_with_the_cpu(models: dict[str, Path], dtype: Any, lowest: 
     cpu = load(models["plain"])
     gpu = load_encoder(EmbedConfig(model=str(models["plain"]), device="cuda", compute_dtype=dtype))
     assert (gpu.spec("prompt") == cpu.spec("prompt")) == (dtype == "float32")
-    assert (gpu.workers, gpu.token_budget) == (1, sentence.GPU_TOKENS)
+    assert (gpu.workers, gpu.token_budget) == (1, loading.GPU_TOKENS)
     first, second = encode(cpu, "prompt", 60), encode(gpu, "prompt", 10_000)
     assert float((first * second).sum(axis=1).min()) >= lowest
 
