@@ -9,6 +9,8 @@ RUN/
   user_blind.safetensors  the k = 1 yardstick, trained with the same settings
   history.csv           every evaluation
   metrics.json          test and validation, yardsticks beside them; no wall times: the same seed gives the same bytes
+  predictions.safetensors  what head and yardsticks predict on validation and test, comparison by comparison
+  prototypes.json       what sets the prototypes apart (heads that have them)
   curves.png
   state.safetensors     where to go on; only while training is unfinished
 ```
@@ -40,6 +42,8 @@ from palcache.evaluation import Evaluation, evaluate_head, evaluate_longer, know
 from palcache.files import read_json, write_json
 from palcache.heads import Head, blind_config, build_head
 from palcache.joints import load_joint_preferences
+from palcache.predictions import PREDICTIONS, evaluate_predictions, predict_splits, save_predictions
+from palcache.prototypes import PROTOTYPES, describe_prototypes, has_prototypes, save_prototypes
 from palcache.reductions import is_reducible
 from palcache.reports import draw_history, write_history
 from palcache.tensors import PreferenceData, load_preferences
@@ -93,8 +97,9 @@ def evaluations_to_dict(evaluations: Mapping[str, Mapping[str, Evaluation]]) -> 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class _Split:
-    """Part of a table: its comparisons and their vectors, users numbered as the head's."""
+    """Part of a table: its rows, its comparisons and their vectors, users numbered as the head's."""
 
+    rows: npt.NDArray[np.int64]
     comparisons: Comparisons
     data: PreferenceData
 
@@ -154,7 +159,7 @@ def train_run(  # noqa: PLR0913 - keyword-only options
     if shape.k > 1 and is_reducible(shape):
         _save_seen_users(path, trained, splits)
     blind = _user_blind(path, trained, splits, head, config, on_progress)
-    evaluations = {name: _evaluate(trained, blind, splits[name], splits["val"]) for name in EVALUATED}
+    evaluations = _evaluate_and_keep(path, trained, blind, stored, splits)
     write_history(path / "history.csv", fitted.history)
     title = _title(stored.name, head, shape, config)
     draw_history(path / "curves.png", fitted.history, best_step=fitted.best_step, title=title)
@@ -306,7 +311,7 @@ def _splits(stored: StoredComparisons, data: PreferenceData, unknown_users: Unkn
                 f"No user of the split {name} of the table {stored.name} has a training comparison; embed it again with "
                 "--split-by pair, or score them with the mean mixture by --unknown-users generic."
             )
-        out[name] = _Split(comparisons.take(kept), data.take(kept).with_users(users))
+        out[name] = _Split(kept, comparisons.take(kept), data.take(kept).with_users(users))
     return out
 
 
@@ -358,6 +363,20 @@ def _user_blind(
         blind = TrainedHead(shape, fitted.parameters, head.users, head.about)
     save_head(path / "user_blind.safetensors", blind)
     return blind
+
+
+def _evaluate_and_keep(
+    path: Path, head: TrainedHead, blind: TrainedHead, stored: StoredComparisons, splits: Mapping[str, _Split]
+) -> dict[str, dict[str, Evaluation]]:
+    """Return the evaluations on validation and test; what they rest on is kept in the run."""
+    parts = {name: (splits[name].rows, splits[name].data) for name in EVALUATED}
+    heads = {"head": head, "user_blind": blind}
+    predictions = predict_splits(heads, stored.comparisons, stored.fingerprint, parts)
+    save_predictions(path / PREDICTIONS, predictions)
+    if has_prototypes(head.shape):
+        test = splits["test"]
+        save_prototypes(path / PROTOTYPES, describe_prototypes(head, test.data, test.comparisons, test.rows))
+    return {name: evaluate_predictions(predictions, name, splits[name].comparisons) for name in EVALUATED}
 
 
 def _evaluate(head: TrainedHead, blind: TrainedHead | None, split: _Split, val: _Split | None) -> dict[str, Evaluation]:
@@ -443,7 +462,7 @@ def evaluate_run(
         if not len(rows):
             return None
         kept = rows[known_rows(stored.comparisons.take(rows), head.users, unknown_users)]
-        return _Split(stored.comparisons.take(kept), data.take(kept).with_users(head.users))
+        return _Split(kept, stored.comparisons.take(kept), data.take(kept).with_users(head.users))
 
     chosen = part(split)
     if chosen is None:
