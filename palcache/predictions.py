@@ -6,7 +6,6 @@ table and the table's fingerprint, which says what stands in that row.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,21 +14,19 @@ from typing import Any, Final, final
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from palcache.checkpoints import METADATA, TrainedHead, pack_texts, unpack_texts
+from palcache.checkpoints import TrainedHead
 from palcache.comparisons import Comparisons
 from palcache.errors import CacheError
 from palcache.evaluation import Evaluation, evaluate_margins, longer_margins, predict_margins
-from palcache.files import write_with
-from palcache.fingerprints import canonical_json
 from palcache.metrics import Array, Codes, fit_temperature
-from palcache.tensors import PreferenceData
+from palcache.run_data import RunSplit
+from palcache.tensor_files import pack_texts, read_tensors, require_format, unpack_texts, write_tensors
 
 FORMAT: Final = "palcache-predictions"
 VERSION: Final = 1
 PREDICTIONS: Final = "predictions.safetensors"
+REMEDY: Final = "train the head again with palcache train-head"
 LONGER: Final = "longer"
 """The rule whose margins are differences in length and no log-odds."""
 
@@ -75,34 +72,45 @@ class Predictions:
     splits: Mapping[str, SplitPredictions]
 
 
-def predict_splits(
-    rules: Mapping[str, TrainedHead],
-    comparisons: Comparisons,
-    fingerprint: str,
-    parts: Mapping[str, tuple[Codes, PreferenceData]],
-) -> Predictions:
-    """Return what heads, and the longer response, predict on parts of a table.
+def predict_splits(rules: Mapping[str, TrainedHead], splits: Mapping[str, RunSplit], table: str = "") -> Predictions:
+    """Return what heads, and the longer response, predict on all splits but the training split.
 
     Args:
         rules: heads by name, all of the same users.
-        comparisons: the whole table.
-        fingerprint: of the table.
-        parts: rows and vectors of each split, by name.
+        splits: the splits; all of them say which groups users belong to.
+        table: fingerprint of the table that they are parts of.
     """
     known = next(iter(rules.values())).users
-    everyone: list[str] = comparisons.users.values.to_pylist()
-    asked = np.unique(np.concatenate([comparisons.users.codes[rows] for rows, _ in parts.values()]))
-    strangers = sorted({everyone[code] for code in asked.tolist()} - set(known))
-    users = (*known, *strangers)
-    at = {user: i for i, user in enumerate(users)}
-    number = np.array([at.get(user, -1) for user in everyone], np.int64)
-    group, groups = _groups_of(comparisons, number, len(users))
-    splits = {}
-    for name, (rows, data) in parts.items():
-        margins = {rule: predict_margins(head, data) for rule, head in rules.items()}
-        margins[LONGER] = longer_margins(comparisons.take(rows))
-        splits[name] = SplitPredictions(rows, number[comparisons.users.codes[rows]], comparisons.y[rows], margins)
-    return Predictions(fingerprint, users, group, groups, splits)
+    everyone: set[str] = {user for split in splits.values() for user in split.comparisons.users.values.to_pylist()}
+    users = (*known, *sorted(everyone - set(known)))
+    number = {user: i for i, user in enumerate(users)}
+    group, groups = _groups_of(splits, number)
+    out = {}
+    for name, split in splits.items():
+        if name == "train":
+            continue
+        part = split.comparisons
+        margins = {rule: predict_margins(head, split.data) for rule, head in rules.items()}
+        margins[LONGER] = longer_margins(part)
+        codes = np.array([number[user] for user in part.users.values.to_pylist()], np.int64)
+        out[name] = SplitPredictions(split.rows, codes[part.users.codes], part.y, margins)
+    return Predictions(table, users, group, groups, out)
+
+
+def _groups_of(splits: Mapping[str, RunSplit], number: Mapping[str, int]) -> tuple[Codes, tuple[str, ...]]:
+    """Return the group of each user, by the user's first row, and the names of the groups."""
+    found: dict[str, str] = {}
+    for split in splits.values():
+        users, groups = split.comparisons.users, split.comparisons.group
+        if groups is not None:
+            codes, first = np.unique(users.codes, return_index=True)
+            names = [groups.values[int(code)].as_py() for code in groups.codes[first]]
+            found = dict(zip((users.values[int(code)].as_py() for code in codes), names, strict=True)) | found
+    names = sorted(set(found.values()))
+    group = np.full(len(number), -1, np.int64)
+    for user, name in found.items():
+        group[number[user]] = names.index(name)
+    return group, tuple(names)
 
 
 def evaluate_predictions(predictions: Predictions, split: str, comparisons: Comparisons) -> dict[str, Evaluation]:
@@ -120,34 +128,21 @@ def evaluate_predictions(predictions: Predictions, split: str, comparisons: Comp
     return out
 
 
-def _groups_of(comparisons: Comparisons, number: Codes, users: int) -> tuple[Codes, tuple[str, ...]]:
-    """Return the group of each user, by the user's first row, and the names of the groups."""
-    group = np.full(users, -1, np.int64)
-    if comparisons.group is None:
-        return group, ()
-    codes, first = np.unique(comparisons.users.codes, return_index=True)
-    kept = number[codes] >= 0
-    group[number[codes[kept]]] = comparisons.group.codes[first[kept]]
-    return group, tuple(comparisons.group.values.to_pylist())
-
-
 def save_predictions(path: Path, predictions: Predictions) -> None:
     """Replace the file at `path` by predictions; the same predictions give the same bytes.
 
     Margins are kept in float32, in which heads compute them.
     """
-    tensors = {}
+    tensors = {"user.group": torch.from_numpy(predictions.group.astype(np.int32))}
     for what, texts in (("user", predictions.users), ("group", predictions.groups)):
         tensors[f"{what}.id.bytes"], tensors[f"{what}.id.offsets"] = pack_texts(texts)
-    tensors["user.group"] = torch.from_numpy(predictions.group.astype(np.int32))
     for name, split in predictions.splits.items():
         columns: dict[str, npt.NDArray[Any]] = {"rows": split.rows, "user": split.user.astype(np.int32), "y": split.y}
         columns |= {f"margin.{rule}": values.astype(np.float32) for rule, values in split.margins.items()}
         tensors |= {f"{name}.{column}": torch.from_numpy(values.copy()) for column, values in columns.items()}
-    splits = {name: list(split.margins) for name, split in predictions.splits.items()}
-    described = {"format": FORMAT, "version": VERSION, "table": predictions.table, "splits": splits}
-    metadata = {METADATA: canonical_json(described).decode()}
-    write_with(path, lambda temporary: save_file(tensors, temporary, metadata))
+    rules = {name: list(split.margins) for name, split in predictions.splits.items()}
+    about = {"format": FORMAT, "version": VERSION, "table": predictions.table, "splits": rules}
+    write_tensors(path, tensors, about)
 
 
 def load_predictions(path: Path) -> Predictions | None:
@@ -158,25 +153,18 @@ def load_predictions(path: Path) -> Predictions | None:
     """
     if not path.is_file():
         return None
+    about, tensors = read_tensors(path, "a run's predictions", REMEDY)
+    require_format(path, about, FORMAT, VERSION)
     try:
-        with safe_open(path, framework="pt") as file:
-            described = json.loads((file.metadata() or {}).get(METADATA, "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        found = (described.get("format"), described.get("version"))
-        if found != (FORMAT, VERSION):
-            raise CacheError(f"{path} is of format {found[0]} version {found[1]}; expected {FORMAT} {VERSION}.")
         return Predictions(
-            described["table"],
+            about["table"],
             unpack_texts(tensors["user.id.bytes"], tensors["user.id.offsets"]),
             tensors["user.group"].numpy().astype(np.int64),
             unpack_texts(tensors["group.id.bytes"], tensors["group.id.offsets"]),
-            {name: _split_of(tensors, name, rules) for name, rules in described["splits"].items()},
+            {name: _split_of(tensors, name, rules) for name, rules in about["splits"].items()},
         )
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CacheError(
-            f"{path} cannot be read as a run's predictions ({type(error).__name__}: {error}); train the head again with "
-            "palcache train-head."
-        ) from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CacheError(f"{path} is damaged ({type(error).__name__}: {error}); {REMEDY}.") from error
 
 
 def _split_of(tensors: Mapping[str, torch.Tensor], name: str, rules: Sequence[str]) -> SplitPredictions:

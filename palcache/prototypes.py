@@ -24,6 +24,7 @@ from palcache.files import read_json, write_json
 from palcache.heads import BradleyTerry, Head, IdealPointHead, PerUser
 from palcache.metrics import Array, Codes
 from palcache.pairs import pair_codes
+from palcache.run_data import RunSplit
 from palcache.tensors import PreferenceData
 
 FORMAT: Final = "palcache-prototypes"
@@ -98,17 +99,11 @@ def has_prototypes(shape: Head) -> bool:
 
 
 @torch.no_grad()
-def describe_prototypes(head: TrainedHead, data: PreferenceData, comparisons: Comparisons, rows: Codes) -> Prototypes:
-    """Return what a head's prototypes do on held-out comparisons.
-
-    Args:
-        head: one of `has_prototypes`.
-        data: the comparisons with their vectors.
-        comparisons: the same comparisons.
-        rows: their rows in the table, (n,).
-    """
-    kept = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), EXAMINED)).astype(np.int64))
-    data, comparisons, rows = data.take(kept), comparisons.take(kept), rows[kept]
+def describe_prototypes(head: TrainedHead, split: RunSplit) -> Prototypes:
+    """Return what the prototypes of a head (one of `has_prototypes`) do on held-out comparisons."""
+    n = len(split.rows)
+    kept = np.unique(np.linspace(0, n - 1, min(n, EXAMINED)).astype(np.int64))
+    data, comparisons, rows = split.data.take(kept), split.comparisons.take(kept), split.rows[kept]
     margins, cosine = _alone(head.to(data.device), data)
     same = [[float((np.sign(one) == np.sign(other)).mean()) for other in margins.T] for one in margins.T]
     decisions = tuple(_decisions(j, margins, comparisons, rows) for j in range(margins.shape[1]))

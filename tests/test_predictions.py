@@ -20,6 +20,7 @@ from palcache.predictions import (
     predict_splits,
     save_predictions,
 )
+from palcache.run_data import RunSplit
 from palcache.runs import RunResult, train_run
 from palcache.tensors import load_preferences
 from tests.worlds import Row, make_cache, planted_rows, random_head
@@ -80,7 +81,9 @@ def test_users_whom_the_head_does_not_know_stand_behind_its_own(world: tuple[Cac
     data = load_preferences(world[0], stored, device="cpu")
     head = random_head(["user 3", "user 1"], d=data.width)
     rows = np.flatnonzero(stored.comparisons.y > 0)
-    found = predict_splits({"head": head}, stored.comparisons, "f", {"all": (rows, data.take(rows))})
+    split = RunSplit(stored.comparisons.take(rows), data.take(rows), rows)
+    found = predict_splits({"head": head}, {"train": split, "all": split})
+    assert list(found.splits) == ["all"]
     assert found.users[:2] == ("user 3", "user 1")
     assert sorted(found.users) == sorted({stored.comparisons.users.to_list()[row] for row in rows})
     assert [found.users[at] for at in found.splits["all"].user] == stored.comparisons.take(rows).users.to_list()

@@ -28,6 +28,7 @@ from palcache.prototypes import (
     load_prototypes,
     save_prototypes,
 )
+from palcache.run_data import RunSplit
 from palcache.tensors import PreferenceData
 from tests.building import make_data
 from tests.worlds import random_head
@@ -63,7 +64,7 @@ def test_decisions_are_those_of_the_largest_leads(world: tuple[Comparisons, Pref
     comparisons, data = world
     head = random_head(data.users, d=D, k=3)
     rows = 10 * np.arange(N)
-    found = describe_prototypes(head, data, comparisons, rows)
+    found = describe_prototypes(head, RunSplit(comparisons, data, rows))
     margins = alone(head, data)
     assert found.examined == N
     for j, decisions in enumerate(found.decisions):
@@ -85,7 +86,7 @@ def test_decisions_are_those_of_the_largest_leads(world: tuple[Comparisons, Pref
 def test_agreement_and_cosine_say_how_alike_prototypes_are(world: tuple[Comparisons, PreferenceData]) -> None:
     comparisons, data = world
     head = random_head(data.users, d=D, k=3)
-    found = describe_prototypes(head, data, comparisons, np.arange(N))
+    found = describe_prototypes(head, RunSplit(comparisons, data, np.arange(N)))
     signs = np.sign(alone(head, data))
     expected = [[(signs[:, i] == signs[:, j]).mean() for j in range(3)] for i in range(3)]
     np.testing.assert_allclose(found.agreement, expected)
@@ -103,7 +104,7 @@ def test_every_head_of_prototypes_is_described(world: tuple[Comparisons, Prefere
     shape = build_head(config, d=D, users=5)
     head = TrainedHead(shape, shape.initial(torch.Generator().manual_seed(1)), data.users, {})
     assert has_prototypes(shape)
-    found = describe_prototypes(head, replace(data, joint=shape.joint), comparisons, np.arange(N))
+    found = describe_prototypes(head, RunSplit(comparisons, replace(data, joint=shape.joint), np.arange(N)))
     assert (found.cosine is not None) == (kind == "pal-a")
     assert len(found.decisions) == 2
 
@@ -124,7 +125,7 @@ def test_large_splits_are_thinned_evenly(
 ) -> None:
     monkeypatch.setattr(prototypes, "EXAMINED", 7)
     comparisons, data = world
-    found = describe_prototypes(random_head(data.users, d=D), data, comparisons, np.arange(N))
+    found = describe_prototypes(random_head(data.users, d=D), RunSplit(comparisons, data, np.arange(N)))
     assert found.examined == 7
     assert {d.row for of_one in found.decisions for d in of_one} <= {0, 9, 19, 29, 39, 49, 59}
 
@@ -137,7 +138,7 @@ def test_long_texts_are_clipped() -> None:
 
 def test_prototypes_come_back_as_they_were(world: tuple[Comparisons, PreferenceData], tmp_path: Path) -> None:
     comparisons, data = world
-    before = describe_prototypes(random_head(data.users, d=D), data, comparisons, np.arange(N))
+    before = describe_prototypes(random_head(data.users, d=D), RunSplit(comparisons, data, np.arange(N)))
     save_prototypes(tmp_path / PROTOTYPES, before)
     assert load_prototypes(tmp_path / PROTOTYPES) == before
     assert load_prototypes(tmp_path / "none.json") is None
