@@ -10,6 +10,7 @@ from . import (
     adapt,
     cache,
     checkpoint,
+    compare,
     demo,
     embed,
     evaluate,
@@ -33,6 +34,7 @@ app.command("embed")(embed.embed)
 app.command("import")(import_vectors.import_vectors)
 app.command("train-head")(train_head.train_head)
 app.command("evaluate")(evaluate.evaluate)
+app.command("compare")(compare.compare)
 app.command("adapt")(adapt.adapt)
 app.command("suggest")(suggest.suggest)
 app.command("users")(users.users)

@@ -167,15 +167,21 @@ def load_run(path: Path) -> RunResult:
             f"The run {path} was imported, not trained; evaluate it with palcache evaluate {path} --cache ...."
         )
     require_complete(path)
+    return RunResult(path, load_head(path / "head.safetensors"), read_evaluations(path), 0.0, None)
+
+
+def read_evaluations(path: Path) -> dict[str, dict[str, Evaluation]]:
+    """Return the evaluations of a complete run by split and rule, as they were written.
+
+    Raises:
+        CacheError: the file is missing or damaged.
+    """
     metrics = read_json(path / "metrics.json", "a run's metrics")
     try:
         by_rule = {"head": metrics, **metrics["yardsticks"]}
-        evaluations = {
-            split: {rule: Evaluation.from_dict(by_rule[rule][split]) for rule in RULES} for split in EVALUATED
-        }
+        return {split: {rule: Evaluation.from_dict(by_rule[rule][split]) for rule in RULES} for split in EVALUATED}
     except (KeyError, TypeError) as error:
         raise CacheError(f"{path / 'metrics.json'} is damaged ({type(error).__name__}: {error}).") from error
-    return RunResult(path, load_head(path / "head.safetensors"), evaluations, 0.0, None)
 
 
 def begin_run(path: Path, about: Mapping[str, Any]) -> None:
