@@ -42,11 +42,12 @@ def read_tensors(path: Path, what: str, remedy: str) -> tuple[dict[str, Any], di
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        about = json.loads(metadata.get(METADATA, "{}"))
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError) as error:
         raise CacheError(f"{path} cannot be read as {what} ({error}); {remedy}.") from error
-    if not isinstance(about, dict):
-        raise CacheError(f"{path} is damaged: its metadata is no JSON object; {remedy}.")
+    try:
+        about: dict[str, Any] = {**json.loads(metadata.get(METADATA, "{}"))}
+    except (TypeError, ValueError) as error:
+        raise CacheError(f"{path} is damaged: its content is not that of {what} ({error}); {remedy}.") from error
     return about, tensors
 
 
