@@ -17,6 +17,7 @@ from . import (
     import_vectors,
     lint,
     presets,
+    report,
     suggest,
     train_head,
     users,
@@ -35,6 +36,7 @@ app.command("import")(import_vectors.import_vectors)
 app.command("train-head")(train_head.train_head)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
+app.command("report")(report.report)
 app.command("adapt")(adapt.adapt)
 app.command("suggest")(suggest.suggest)
 app.command("users")(users.users)
