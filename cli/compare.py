@@ -83,4 +83,4 @@ def _spread(spread: Spread | None) -> str:
 def _behind(row: ContrastRow) -> list[str]:
     if row.behind is None or row.p is None:
         return ["", ""]
-    return [f"{row.behind.value:.4f} ({row.behind.low:+.3f} to {row.behind.high:+.3f})", f"{row.p:.4f}"]
+    return [f"{row.behind.value:.3f} ({row.behind.low:.3f} to {row.behind.high:.3f})", f"{row.p:.4f}"]

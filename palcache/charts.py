@@ -1,70 +1,14 @@
-"""Charts of runs as Vega-Lite specifications: plain JSON values, drawn by the page that holds them.
-
-A colour means one thing everywhere: the head, the user-blind yardstick, the longer response, a population group. Colours are
-names of the page's style sheet, so that light, dark and print need no other chart.
-"""
+"""Charts of one run."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
+from palcache.chart_parts import COLOURS, HEIGHT, RULES, Spec, chart, field, group_colours, number, scale_of
 from palcache.checkpoints import HistoryRow
 from palcache.prototypes import Matrix
 from palcache.run_views import Row, Simplex
-
-Spec = dict[str, Any]
-RULES: Final[Mapping[str, str]] = {"head": "head", "user_blind": "user-blind", "longer": "longer response"}
-COLOURS: Final[Mapping[str, str]] = {
-    "head": "var(--head)",
-    "user-blind": "var(--blind)",
-    "longer response": "var(--longer)",
-    "seen users": "var(--ink)",
-}
-GROUPS: Final = 8
-"""Colours for groups; the style sheet names them --group-1 to --group-8."""
-HEIGHT: Final = 240
-_FONT: Final = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-CONFIG: Final[Spec] = {
-    "background": "transparent",
-    "font": _FONT,
-    "view": {"stroke": None},
-    "axis": {
-        "domainColor": "var(--line)", "gridColor": "var(--line)", "tickColor": "var(--line)", "labelColor": "var(--muted)",
-        "titleColor": "var(--muted)", "titleFontWeight": "normal", "titleFontSize": 12, "labelFontSize": 11,
-        "titlePadding": 8, "labelPadding": 4, "tickSize": 4, "gridOpacity": 0.7, "domain": False,
-    },
-    "legend": {
-        "orient": "top", "title": None, "labelColor": "var(--ink)", "labelFontSize": 12, "symbolStrokeWidth": 2,
-        "columnPadding": 14, "offset": 6, "columns": 3,
-    },
-    "text": {"color": "var(--ink)", "fontSize": 12},
-    "rule": {"color": "var(--muted)"},
-    "line": {"strokeWidth": 2, "color": "var(--head)"},
-    "point": {"filled": True, "size": 42, "color": "var(--head)", "opacity": 1},
-    "bar": {"color": "var(--head)"},
-}  # fmt: skip
-
-
-def field(name: str, title: str | None, kind: str = "quantitative", **more: Any) -> Spec:
-    """Return a channel that shows a field."""
-    return {"field": name, "type": kind, "title": title, **more}
-
-
-def number(name: str, title: str, form: str = ".3f") -> Spec:
-    """Return a number of a tooltip."""
-    return field(name, title, format=form)
-
-
-def _colour(names: Sequence[str], colours: Sequence[str], name: str) -> Spec:
-    return field(name, None, "nominal", scale={"domain": list(names), "range": list(colours)})
-
-
-def _chart(description: str, height: int, *layers: Spec, **more: Any) -> Spec:
-    """Return a chart as wide as its place."""
-    size = {"width": "container", "height": height, "autosize": {"type": "fit", "contains": "padding"}}
-    return {"description": description, **size, "layer": list(layers), **more}
 
 
 def losses(history: Sequence[HistoryRow], best_step: int) -> Spec:
@@ -74,7 +18,7 @@ def losses(history: Sequence[HistoryRow], best_step: int) -> Spec:
         for row in history
         for of, value in (("training", row.train_loss), ("validation", row.val_loss))
     ]
-    colour = _colour(("training", "validation"), ("var(--longer)", "var(--head)"), "of")
+    colour = scale_of(("training", "validation"), ("var(--longer)", "var(--head)"), "of")
     tooltip = [field("of", "loss of", "nominal"), number("loss", "nats", ".4f"), number("step", "step", ",d"),
                number("epoch", "epoch", ".2f"), number("lr", "learning rate", ".2~e")]  # fmt: skip
     y = field("loss", "loss (nats per comparison)", scale={"zero": False})
@@ -82,9 +26,7 @@ def losses(history: Sequence[HistoryRow], best_step: int) -> Spec:
         "mark": {"type": "line", "point": True},
         "encoding": {"x": _step(), "y": y, "color": colour, "tooltip": tooltip},
     }
-    return _chart(
-        "Training and validation loss by step", HEIGHT, _chosen(best_step), {"data": {"values": rows}, **line}
-    )
+    return chart("Training and validation loss by step", HEIGHT, _chosen(best_step), {"data": {"values": rows}, **line})
 
 
 def validation(history: Sequence[HistoryRow], best_step: int) -> Spec:
@@ -93,7 +35,7 @@ def validation(history: Sequence[HistoryRow], best_step: int) -> Spec:
     tooltip = [number("accuracy", "accuracy", ".4f"), number("step", "step", ",d"), number("epoch", "epoch", ".2f")]
     y = field("accuracy", "accuracy on validation", scale={"zero": False})
     line = {"mark": {"type": "line", "point": True}, "encoding": {"x": _step(), "y": y, "tooltip": tooltip}}
-    return _chart("Validation accuracy by step", HEIGHT, _chosen(best_step), {"data": {"values": rows}, **line})
+    return chart("Validation accuracy by step", HEIGHT, _chosen(best_step), {"data": {"values": rows}, **line})
 
 
 def _step() -> Spec:
@@ -123,7 +65,7 @@ def user_accuracies(users: Sequence[Row]) -> Spec:
     size = 46 if len(users) <= 150 else 20
     dots = {
         "mark": {"type": "point", "size": size},
-        "encoding": {"x": x, "y": y, "tooltip": tooltip, "color": _colour(names, [COLOURS[n] for n in names], "rule")},
+        "encoding": {"x": x, "y": y, "tooltip": tooltip, "color": scale_of(names, [COLOURS[n] for n in names], "rule")},
     }
     between = {
         "transform": [{"filter": "datum.rule === 'head'"}],
@@ -131,49 +73,56 @@ def user_accuracies(users: Sequence[Row]) -> Spec:
         "encoding": {"x": x, "y": field("head", None), "y2": {"field": "blind"}},
     }
     layers = (between, dots) if len(users) <= 150 else (dots,)
-    return _chart("Accuracy of each user on test", HEIGHT, *layers, data={"values": rows})
+    return chart("Accuracy of each user on test", HEIGHT, *layers, data={"values": rows})
 
 
 def simplex(found: Simplex) -> Spec:
     """Return users among the prototypes, coloured by group."""
     groups = sorted({row["group"] for row in found.users if row["group"]})
-    rows = [{**row, "group": row["group"] or "not known"} for row in found.users]
     names = [*groups, *(["not known"] if any(not row["group"] for row in found.users) else [])]
-    colours = [f"var(--group-{i % GROUPS + 1})" for i in range(len(groups))] + ["var(--longer)"]
+    colours = [*group_colours(len(groups)), "var(--longer)"]
     tooltip = [
         field("user", "user", "nominal"),
         field("group", "group", "nominal"),
         field("mixture", "weights", "nominal"),
     ]
-    corner = [field("name", "corner", "nominal")]
-    wide = found.form == "line"
-    x, y = _place(found, "x"), _place(found, "y")
-    colour: Spec = {"color": _colour(names, colours, "group")} if groups else {}
-    dots = {"data": {"values": rows}, "mark": {"type": "point", "opacity": 0.85, "size": 52, "stroke": "var(--paper)"},
-            "encoding": {"x": x, "y": y, "tooltip": tooltip, **colour}}  # fmt: skip
-    if wide:
-        tallest = max((row["y"] for row in found.users), default=0)
-        return _chart("Users between the two prototypes", min(300, 90 + int(9 * tallest)), dots)
-    below = "datum.y > 0.4 ? -16 : 18" if found.form == "triangle" else "-16"
-    corners = {
-        "data": {"values": list(found.corners)},
-        "layer": [
-            {
-                "mark": {"type": "point", "shape": "diamond", "filled": False, "color": "var(--ink)", "size": 170},
-                "encoding": {"tooltip": corner},
-            },
-            {"mark": {"type": "text", "dy": {"expr": below}, "fontSize": 11}, "encoding": {"text": {"field": "name"}}},
-        ],
-        "encoding": {"x": x, "y": y},
+    dots: Spec = {
+        "data": {"values": [{**row, "group": row["group"] or "not known"} for row in found.users]},
+        "mark": {"type": "point", "opacity": 0.85, "size": 52, "stroke": "var(--paper)"},
+        "encoding": {"x": _place(found, "x"), "y": _place(found, "y"), "tooltip": tooltip},
     }
-    outline = [*found.corners, found.corners[0]] if found.form == "triangle" else []
+    if groups:
+        dots["encoding"]["color"] = scale_of(names, colours, "group")
+    if found.form == "line":
+        tallest = max((row["y"] for row in found.users), default=0)
+        return chart("Users between the two prototypes", min(300, 90 + int(9 * tallest)), dots)
+    spec = chart("Users among the prototypes", 320, *_corners(found), dots)
+    return {**spec, "width": 340, "autosize": "pad"}
+
+
+def _corners(found: Simplex) -> list[Spec]:
+    """Return the prototypes as diamonds, and the sides of a triangle."""
+    x, y = _place(found, "x"), _place(found, "y")
+    triangle = found.form == "triangle"
+    diamond = {"type": "point", "shape": "diamond", "filled": False, "color": "var(--ink)", "size": 170}
+    name = {"type": "text", "dy": {"expr": "datum.y > 0.4 ? -16 : 18" if triangle else "-16"}, "fontSize": 11}
+    corners: Spec = {
+        "data": {"values": [{**row, "number": row["name"].split()[-1]} for row in found.corners]},
+        "encoding": {"x": x, "y": y},
+        "layer": [
+            {"mark": diamond, "encoding": {"tooltip": [field("name", "corner", "nominal")]}},
+            {"mark": name, "encoding": {"text": {"field": "name" if triangle else "number"}}},
+        ],
+    }
+    if not triangle:
+        return [corners]
+    outline = [*found.corners, found.corners[0]]
     sides = {
         "data": {"values": [{**row, "order": i} for i, row in enumerate(outline)]},
         "mark": {"type": "line", "color": "var(--line)", "strokeWidth": 1.5},
         "encoding": {"x": x, "y": y, "order": field("order", None)},
     }
-    spec = _chart("Users among the prototypes", 320, *([sides] if outline else []), corners, dots)
-    return {**spec, "width": 340, "autosize": "pad"}
+    return [sides, corners]
 
 
 def _place(found: Simplex, name: str) -> Spec:
@@ -231,13 +180,13 @@ def reliability(rows: Sequence[Row]) -> Spec:
     lines = {
         "data": {"values": values},
         "mark": {"type": "line", "point": True},
-        "encoding": {"color": _colour(names, [COLOURS[name] for name in names], "rule"), "tooltip": tooltip},
+        "encoding": {"color": scale_of(names, [COLOURS[name] for name in names], "rule"), "tooltip": tooltip},
     }
     encoding = {
         "x": field("predicted", "predicted P(response 2)", **share),
         "y": field("observed", "observed share", **share),
     }
-    return _chart("Reliability: predicted against observed shares", 280, diagonal, lines, encoding=encoding)
+    return chart("Reliability: predicted against observed shares", 280, diagonal, lines, encoding=encoding)
 
 
 def margins(rows: Sequence[Row]) -> Spec:
@@ -245,10 +194,10 @@ def margins(rows: Sequence[Row]) -> Spec:
     values = [{**row, "side": "right" if row["right"] else "wrong"} for row in rows]
     x = field("low", "margin towards the user's answer", bin={"binned": True}, axis={"grid": False, "tickCount": 7})
     tooltip = [number("low", "from", ".3~g"), number("high", "to", ".3~g"), number("n", "comparisons", ",d")]
-    colour = _colour(("right", "wrong"), ("var(--head)", "var(--wrong)"), "side")
+    colour = scale_of(("right", "wrong"), ("var(--head)", "var(--wrong)"), "side")
     bars = {"mark": {"type": "bar", "binSpacing": 1}, "encoding": {
         "x": x, "x2": {"field": "high"}, "y": field("n", "comparisons"), "color": colour, "tooltip": tooltip}}  # fmt: skip
-    return _chart("Margins towards the user's answer", HEIGHT, bars, data={"values": values})
+    return chart("Margins towards the user's answer", HEIGHT, bars, data={"values": values})
 
 
 def curve_rows(curve: Mapping[str, Any]) -> list[Row]:
@@ -271,7 +220,7 @@ def learning_curve(curve: Mapping[str, Any]) -> Spec:
     tooltip = [number("shots", "comparisons", ",d"), number("accuracy", "accuracy"), number("low", "from"),
                number("high", "to"), number("users", "users", ",d")]  # fmt: skip
     names = list(beside)
-    colour = _colour(names, [COLOURS[name] for name in names], "of")
+    colour = scale_of(names, [COLOURS[name] for name in names], "of")
     levels_mark = {
         "data": {"values": levels},
         "mark": {"type": "rule", "strokeWidth": 1.5, "strokeDash": [5, 3]},
@@ -288,66 +237,4 @@ def learning_curve(curve: Mapping[str, Any]) -> Spec:
         "mark": {"type": "line", "point": True},
         "encoding": {"x": x, "y": y, "tooltip": tooltip},
     }
-    return _chart("Accuracy of new users by number of comparisons", 280, band, levels_mark, line)
-
-
-def by_option(name: str, runs: Sequence[Row], means: Sequence[Row], levels: Sequence[Row]) -> Spec:
-    """Return accuracy by an option: every run, the mean of the chosen setting with its interval, and yardsticks.
-
-    Args:
-        name: of the option.
-        runs: `option`, `accuracy`, `run` of each.
-        means: `option`, `accuracy`, `low`, `high`, `runs`, `setting` of each value.
-        levels: `of`, `accuracy` of each yardstick.
-    """
-    order = list(dict.fromkeys(row["option"] for row in means))
-    x = field("option", name, "ordinal", sort=order, axis={"grid": False, "labelAngle": 0, "labelLimit": 140})
-    y = field("accuracy", "accuracy on test", scale={"zero": False}, axis={"format": ".0%"})
-    names = [row["of"] for row in levels]
-    colour = _colour(names, [COLOURS[of] for of in names], "of")
-    yardsticks = {
-        "data": {"values": list(levels)},
-        "mark": {"type": "rule", "strokeWidth": 1.5, "strokeDash": [5, 3]},
-        "encoding": {
-            "y": y,
-            "color": colour,
-            "tooltip": [field("of", "rule", "nominal"), number("accuracy", "accuracy")],
-        },
-    }
-    every = {
-        "data": {"values": list(runs)},
-        "mark": {"type": "point", "size": 26, "opacity": 0.3},
-        "encoding": {"x": x, "y": y, "xOffset": field("offset", None, scale={"domain": [-1, 1]}),
-                     "tooltip": [field("run", "run", "nominal"), number("accuracy", "accuracy", ".4f")]},
-    }  # fmt: skip
-    tooltip = [field("option", name, "nominal"), number("accuracy", "mean accuracy", ".4f"), number("low", "from", ".4f"),
-               number("high", "to", ".4f"), number("runs", "runs", ",d"), field("setting", "setting", "nominal")]  # fmt: skip
-    spread = {"data": {"values": list(means)}, "mark": {"type": "rule", "strokeWidth": 2, "color": "var(--head)"},
-              "encoding": {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "tooltip": tooltip}}  # fmt: skip
-    dots = {"data": {"values": list(means)}, "mark": {"type": "point", "size": 80},
-            "encoding": {"x": x, "y": y, "tooltip": tooltip}}  # fmt: skip
-    return _chart(f"Accuracy on test by {name}", 280, yardsticks, every, spread, dots)
-
-
-def all_curves(rows: Sequence[Row], name: str) -> Spec:
-    """Return the validation loss of many runs by epoch; `value` is the option that colours them."""
-    values = list(dict.fromkeys(row["value"] for row in rows))
-    colours = [f"var(--group-{i % GROUPS + 1})" for i in range(len(values))]
-    tooltip = [
-        field("run", "run", "nominal"),
-        number("loss", "validation loss", ".4f"),
-        number("epoch", "epoch", ".2f"),
-    ]
-    colour = {**_colour(values, colours, "value"), "legend": {"title": name} if name else None}
-    runs = len({row["run"] for row in rows})
-    lines = {
-        "mark": {"type": "line", "strokeWidth": 1.2, "opacity": max(0.25, min(0.9, 8 / math.sqrt(max(1, runs)) / 2))},
-        "encoding": {
-            "x": field("epoch", "epoch", axis={"grid": False, "tickCount": 6}),
-            "y": field("loss", "validation loss (nats)", scale={"zero": False}),
-            "detail": {"field": "run"},
-            "color": colour,
-            "tooltip": tooltip,
-        },
-    }
-    return _chart("Validation loss of all runs by epoch", 280, lines, data={"values": list(rows)})
+    return chart("Accuracy of new users by number of comparisons", 280, band, levels_mark, line)

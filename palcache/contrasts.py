@@ -272,8 +272,7 @@ def _tested(
     for members in families.values():
         ranked = sorted(members, key=lambda at: -rows[at].metrics["micro"].mean)
         first = ranked[0]
-        # The user-blind yardstick of k = 1 is that head itself.
-        others = [at for at in ranked[1:] if not np.array_equal(scores[at].right, scores[first].right)]
+        others = [at for at in ranked[1:] if not _is_itself(rows[first], rows[at], scores[first], scores[at])]
         users = len(np.unique(scores[first].user))
         if not others or users < 2:
             continue
@@ -285,3 +284,8 @@ def _tested(
             out[at] = replace(rows[at], behind=behind, p=p)
         out[first] = replace(rows[first], best=all(p < level for _, p in tests))
     return tuple(out), notes
+
+
+def _is_itself(first: ContrastRow, other: ContrastRow, ours: Scores, theirs: Scores) -> bool:
+    """Return whether a row is a head of k = 1 and the other its yardstick, or the reverse: one head under two names."""
+    return first.rule != other.rule and np.array_equal(ours.right, theirs.right)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, final
 
-from palcache.charts import Spec
+from palcache.chart_parts import Spec
 from palcache.evaluation import Evaluation
 from palcache.markup import Html, element, figure, text
 from palcache.metrics import Estimate

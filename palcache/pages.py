@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from palcache.charts import CONFIG
+from palcache.chart_parts import CONFIG
 from palcache.contrasts import contrast_records
 from palcache.files import write_bytes
 from palcache.markup import Html, document, element, paragraph, section, text

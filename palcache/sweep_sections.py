@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from palcache import charts
+from palcache import sweep_charts
+from palcache.chart_parts import RULES
 from palcache.contrast_tables import HEADINGS, option_text, remarks, row_options
 from palcache.contrast_tables import RULES as ROW_NAMES
 from palcache.contrasts import ContrastRow, Contrasts, Spread
@@ -40,7 +41,9 @@ def _compared(contrasts: Contrasts) -> Html:
     best = [at for at, row in enumerate(contrasts.rows) if row.best]
     tall = len(rows) > 40
     content = table(columns, rows, texts=1 + len(contrasts.by), best=best, sortable=tall)
-    return section("Comparison", content, *map(paragraph, remarks(contrasts)), lead=f"On {contrasts.split}.")
+    return section(
+        "Comparison", content, paragraph(" ".join(remarks(contrasts)).replace("+-", "±")), lead=f"On {contrasts.split}."
+    )
 
 
 def _spread(spread: Spread | None) -> str:
@@ -52,7 +55,7 @@ def _spread(spread: Spread | None) -> str:
 def _behind(row: ContrastRow) -> list[str]:
     if row.behind is None or row.p is None:
         return ["", ""]
-    return [f"{row.behind.value:.4f} ({row.behind.low:+.3f} to {row.behind.high:+.3f})", f"{row.p:.4f}"]
+    return [f"{row.behind.value:.3f} ({row.behind.low:.3f} to {row.behind.high:.3f})", f"{row.p:.4f}"]
 
 
 def _by_option(across: str, records: Sequence[RunRecord], contrasts: Contrasts, book: ChartBook) -> Html:
@@ -71,7 +74,7 @@ def _by_option(across: str, records: Sequence[RunRecord], contrasts: Contrasts, 
             for i, record in enumerate(members)
         ]  # fmt: skip
     levels = [
-        {"of": charts.RULES[row.rule], "accuracy": row.metrics["micro"].mean}
+        {"of": RULES[row.rule], "accuracy": row.metrics["micro"].mean}
         for row in contrasts.rows
         if row.rule != "head" and len([other for other in contrasts.rows if other.rule == row.rule]) == 1
     ]
@@ -83,7 +86,7 @@ def _by_option(across: str, records: Sequence[RunRecord], contrasts: Contrasts, 
     rows = [[row["option"], f"{row['accuracy']:.4f}", f"{row['low']:.4f} to {row['high']:.4f}", str(row["runs"]),
              row["setting"] or "-"] for row in means]  # fmt: skip
     folded = table((across, "accuracy", "interval", "runs", "setting"), rows)
-    spec = charts.by_option(across, runs, means, levels)
+    spec = sweep_charts.by_option(across, runs, means, levels)
     return book.add("by-option", spec, f"Accuracy on test by {across}", caption, fallback=folded)
 
 
@@ -124,7 +127,7 @@ def _curves(across: str | None, records: Sequence[RunRecord], book: ChartBook) -
             for row in history
         ]  # fmt: skip
     caption = f"One line per run{f', coloured by {across}' if across else ''}."
-    return book.add("all-curves", charts.all_curves(rows, across or ""), "Validation loss", caption)
+    return book.add("all-curves", sweep_charts.all_curves(rows, across or ""), "Validation loss", caption)
 
 
 def _all_runs(records: Sequence[RunRecord], contrasts: Contrasts) -> Html:

@@ -35,6 +35,7 @@ def make_run(
     text: str = "a prompt",
     table: str = "f00d",
     predictions: bool = True,
+    steps: int = 3,
 ) -> Path:
     """Leave a complete run folder whose head is right the more often the higher its skill.
 
@@ -48,6 +49,7 @@ def make_run(
         text: of prompts.
         table: fingerprint; it draws the answers.
         predictions: keep predictions and prototypes; older runs did not.
+        steps: evaluations during training.
     """
     head, fit = head or HeadConfig(k=2, p=3), fit or FitConfig()
     about = {
@@ -68,9 +70,8 @@ def make_run(
     found, tables = _predictions(users, per_user, skill, fit.seed, text, table)
     evaluations = {name: evaluate_predictions(found, name, tables[name]) for name in ("val", "test")}
     metrics = {**evaluations_to_dict(evaluations), "best_step": 20, "stopped_early": False}
-    write_history(
-        path / "history.csv", [HistoryRow(10 * i, i, 0.7 / i, 0.7 / i + 0.01 * i, 0.6, 1e-3, 14.0) for i in (1, 2, 3)]
-    )
+    history = [HistoryRow(10 * i, i, 0.7 / i, 0.7 / i + 0.01 * i, 0.6, 1e-3, 14.0) for i in range(1, steps + 1)]
+    write_history(path / "history.csv", history)
     if predictions:
         save_predictions(path / PREDICTIONS, found)
         save_prototypes(path / PROTOTYPES, _prototypes(shape.k, text))

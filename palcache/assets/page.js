@@ -57,7 +57,7 @@
       await draw(place);
       await new Promise((next) => { setTimeout(next, 0); });
     }
-    root.dataset.ready = "yes";
+    root.dataset.ready = performance.now().toFixed(0);
   };
   window.addEventListener("scroll", hide, { passive: true });
   rest();
