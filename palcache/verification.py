@@ -24,6 +24,7 @@ from palcache.works import tokenize_items
 
 MIN_COSINE: Final = {"float32": 0.99999, "float16": 0.9999, "bfloat16": 0.999, "int8": 0.998}
 """Lowest cosine of a stored and a fresh vector, by the coarser of the stored and the computed type."""
+_MEND: Final = "mend it with palcache cache verify --repair"
 
 
 @final
@@ -56,7 +57,7 @@ def verify_cache(cache: Cache, *, on_shard: Callable[[int], None] | None = None)
         on_shard: called with the bytes of each shard once it has been read.
     """
     problems = [
-        f"The shard {name} of the space {space_id} is in the journal and not in its folder; embed the tables again."
+        f"The shard {name} of the space {space_id} is in the journal and not in its folder; {_MEND}."
         for space_id, name in cache.missing_shards()
     ]
     spaces: dict[str, Space] = {}
@@ -69,7 +70,7 @@ def verify_cache(cache: Cache, *, on_shard: Callable[[int], None] | None = None)
             rows += len(space)
             if digest(space.spec) != space_id:
                 found = [
-                    f"{cache.path / MANIFEST}: the spec of the space {space_id} is not its own; embed into a new folder."
+                    f"{cache.path / MANIFEST}: the spec of the space {space_id} is not the one that it was named for; {_MEND}."
                 ]
         shards, nbytes = shards + len(paths), nbytes + sum(path.stat().st_size for path in paths)
         problems += found
@@ -82,7 +83,7 @@ def _shard_problems(path: Path, space_id: str, on_shard: Callable[[int], None] |
         shard = Shard(path)
         problems = [
             f"{path}: the bytes of {damage.dataset}, rows {damage.rows[0]} to {damage.rows[1] - 1}, are not those that "
-            "were written; delete the file and embed the tables again."
+            f"were written; {_MEND}."
             for damage in shard.damage()
         ]
         if not problems and shard.header.space_id != space_id:
@@ -169,25 +170,26 @@ def spaces_of_encoder(cache: Cache, encoder: Encoder) -> list[str]:
     """Return the ids of the spaces that an encoder fills; no shard is opened.
 
     Raises:
-        MismatchError: there is none; the message names the fields in which the encoder specs differ.
+        MismatchError: there is none; the message names the fields in which the nearest one differs.
     """
-    found, differing = [], set()
+    found, differing = [], list[list[str]]()
     for space_id in cache.space_ids:
         stored = cache.spec(space_id)
         if stored.get("role") not in {"prompt", "response", "joint"}:
             continue
         if stored["role"] == "joint" and not isinstance(encoder, StateEncoder):
-            differing.add("encoder")
+            differing.append(["encoder"])
             continue
         spec = full_spec(encoder, role_of(stored), config_of(stored))
         if digest(spec) == space_id:
             found.append(space_id)
         else:
-            differing.update(differing_fields(spec, stored))
+            differing.append(differing_fields(spec, stored))
     if not found:
+        nearest = min(differing, key=len, default=["everything"])
         raise MismatchError(
-            f"No space of {cache.path} was written by the encoder {encoder.about.get('model')}: they differ in "
-            f"{', '.join(sorted(differing)) or 'everything'}; name the right one with --model and --compute-dtype."
+            f"No space of {cache.path} was written by the encoder {encoder.about.get('model')}: the nearest differs in "
+            f"{', '.join(nearest)}; name the model, and the options that palcache embed had."
         )
     return found
 

@@ -122,7 +122,7 @@ def test_the_summary_counts(folder: Path) -> None:
     )
     assert first.truncated > 0
     assert first.new_bytes == sum(path.stat().st_size for path in folder.glob("spaces/*/shards/*.h5"))
-    assert set(first.seconds) == {"total", "keys", "tokenize", "forward", "write"}
+    assert set(first.seconds) == {"total", "keys", "encode", "tokenize", "wait", "forward", "write", "device"}
     before = contents(folder)
     second = run(folder, table, encoder)
     assert (second.hits, second.encoded, second.new_bytes, second.repeats_saved) == (18, 0, 0, 81)
@@ -339,7 +339,9 @@ def die_at(path: Path, point: str) -> None:
         def wrapper(*arguments: Any, **options: Any) -> Any:
             calls[point] += only in str(arguments[0])
             if calls[point] == 2 and point == "batch":
-                function(arguments[0], *(argument[: len(arguments[1]) // 2] for argument in arguments[1:]))
+                half = len(arguments[1]) // 2
+                more = {name: values[:half] for name, values in arguments[4].items()}
+                function(arguments[0], *(argument[:half] for argument in arguments[1:4]), more)
             result = function(*arguments, **options) if after or calls[point] < 2 else None
             if calls[point] == 2:
                 os._exit(DIED)
