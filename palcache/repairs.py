@@ -187,7 +187,7 @@ class _Repairer:
         """Write the sound rows into a new shard that takes the place of the damaged one."""
         rows = np.flatnonzero(salvage.sound)
         folder, sequence = salvage.path.parent, int(salvage.path.name[:6])
-        added = dict([copy_rows(folder, sequence, salvage.header, [(salvage.arrays, rows)])]) if len(rows) else {}
+        added = dict([copy_rows(folder, sequence, salvage.header, [(salvage.trusted, rows)])]) if len(rows) else {}
         self.cache.swap_shards(space_id, added, [salvage.path])
         if added:
             self.rewritten += 1
@@ -214,7 +214,7 @@ class _Repairer:
                     tokens=token_rows(window, spec.get("tokens")),
                 )
                 rows = np.flatnonzero(salvage.sound & (window.n_tokens == salvage.arrays["n_tokens"]))
-                ShardWriter(claim.partial).copy(rows, salvage.arrays, rows)
+                ShardWriter(claim.partial).copy(rows, salvage.trusted, rows)
                 salvage.path.rename(salvage.path.with_suffix(DAMAGED))
             finally:
                 claim.release()

@@ -53,6 +53,7 @@ class Salvage:
         arrays: its row datasets by name.
         sound: which rows are as they were written in every dataset, (N,).
         keyed: which rows have a key that can be trusted, (N,).
+        cosines_proved: the sampled cosines are those that were written; else they, or their sum, are damaged.
     """
 
     path: Path
@@ -60,6 +61,14 @@ class Salvage:
     arrays: Mapping[str, Array]
     sound: npt.NDArray[np.bool_]
     keyed: npt.NDArray[np.bool_]
+    cosines_proved: bool = True
+
+    @property
+    def trusted(self) -> Mapping[str, Array]:
+        """The row datasets; cosines that are not proved are unknown (NaN), as no vector depends on them."""
+        if self.cosines_proved:
+            return self.arrays
+        return {**self.arrays, COSINE: np.full_like(self.arrays[COSINE], np.nan)}
 
     @property
     def keys(self) -> Keys:
@@ -165,8 +174,9 @@ def _check(path: Path, header: ShardHeader, arrays: Mapping[str, Array], known: 
         return None
     n, arrays = len(arrays["key"]), dict(arrays)
     good = {name: block_sums(arrays[name]) == arrays[sum_name(name)] for name in names}
-    if COSINE in arrays:
-        arrays[COSINE] = _mend_cosines(arrays[COSINE], arrays[sum_name(COSINE)])
+    proved = COSINE not in arrays
+    if not proved:
+        arrays[COSINE], proved = _mend_cosines(arrays[COSINE], arrays[sum_name(COSINE)])
     arrays["key"], good["key"] = _mend_keys(arrays["key"], good["key"], arrays[sum_name("key")], known)
     block_of = np.arange(n) // BLOCK_ROWS
     keyed = good["key"][block_of]
@@ -179,7 +189,8 @@ def _check(path: Path, header: ShardHeader, arrays: Mapping[str, Array], known: 
         arrays["tok/offsets"] = offsets
         sound &= _sound_tokens(offsets, [good[name] for name in ragged if name != "tok/offsets"])
         sound &= _sound_offsets(offsets, arrays[sum_name("tok/offsets")])
-    return Salvage(path, replace(header, rows=n), {name: arrays[name] for name in summed_in(arrays)}, sound, keyed)
+    kept = {name: arrays[name] for name in summed_in(arrays)}
+    return Salvage(path, replace(header, rows=n), kept, sound, keyed, proved)
 
 
 def _fit_together(arrays: Mapping[str, Array], names: Sequence[str]) -> bool:
@@ -192,21 +203,21 @@ def _fit_together(arrays: Mapping[str, Array], names: Sequence[str]) -> bool:
     )
 
 
-def _mend_cosines(cosines: Array, sums: Array) -> Array:
-    """Return cosines whose sum proves them, one bit turned back if need be; unknown ones (NaN) where that is not it.
+def _mend_cosines(cosines: Array, sums: Array) -> tuple[Array, bool]:
+    """Return cosines, one bit turned back where their sum then proves them, and whether it does.
 
-    No vector depends on them, and no model is needed to find one bit among the few that they have.
+    No model is needed to find one bit among the few that they have.
     """
     if np.array_equal(block_sums(cosines), sums):
-        return cosines
+        return cosines, True
     trial = np.ascontiguousarray(cosines).copy()
     content = trial.view(np.uint8)
     for at in range(8 * len(content)):
         content[at // 8] ^= 1 << at % 8
         if xxhash.xxh3_64_intdigest(content.data) == int(sums[0]):
-            return trial
+            return trial, True
         content[at // 8] ^= 1 << at % 8
-    return np.full_like(cosines, np.nan)
+    return cosines, False
 
 
 def _mend_offsets(arrays: Mapping[str, Array], header: ShardHeader, good: Array) -> npt.NDArray[np.int64] | None:

@@ -9,8 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 
 from palcache.cache import Space
+from palcache.configs import StoredDtype
 from palcache.encoders import Encoder, KeptTokens, Role, StateEncoder, States, TokenizedTexts
 from palcache.encoders.windows import row_tokens
 from palcache.errors import InputError
@@ -25,8 +27,9 @@ from palcache.layouts import (
     TOKENS,
     Array,
     TokenRows,
+    sampled_rows,
 )
-from palcache.numerics import StoredVectors, UnfitRowError, to_stored
+from palcache.numerics import StoredVectors, UnfitRowError, stored_cosines, to_stored
 
 _Rows = npt.NDArray[np.int64]
 BYTES_PER_TOKEN: Final = 3
@@ -99,7 +102,17 @@ class Work:
                 raise UnfitRowError(str(error), row, finite=error.finite) from error
         more: dict[str, Array] = {name: part.values for name, part in parts.items() if name != POOLED}
         more |= {SCALES[name]: part.scales for name, part in parts.items() if part.scales is not None}
-        return pooled, more if dtype == "float32" else {**more, COSINE: pooled.cosines}
+        if dtype != "float32":
+            more[COSINE] = _sample_cosines(states.pooled, dtype, np.isin(rows, sampled_rows(len(window.n_tokens))))
+        return pooled, more
+
+
+def _sample_cosines(vectors: torch.Tensor, dtype: StoredDtype, sampled: npt.NDArray[np.bool_]) -> Array:
+    """Return the cosines of stored to computed vectors where they are sampled, (m,); NaN elsewhere."""
+    found = np.full(len(sampled), np.nan, np.float32)
+    if sampled.any():
+        found[sampled] = stored_cosines(vectors[torch.from_numpy(sampled)], dtype)
+    return found
 
 
 def token_rows(window: TokenizedTexts, kept: KeptTokens | None) -> TokenRows | None:

@@ -22,6 +22,7 @@ import pytest
 import torch
 
 import palcache.layouts
+import palcache.writers
 from palcache.cache import Cache, Space
 from palcache.claims import Claim, Standing, survey
 from palcache.comparisons import Comparisons
@@ -631,6 +632,21 @@ def test_out_of_memory_halves_the_budget(folder: Path) -> None:
     assert_holds(folder, table, encoder)
     assert len(encoder.batches) > 12
     assert encoder.overflows <= 4, "later batches were planned as large as those that failed"
+
+
+@pytest.mark.parametrize(
+    ("message", "memory"),
+    [
+        ("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory", True),
+        ("MPS backend out of memory (MPS allocated: 1 GiB)", True),
+        ("CUDA error: out of memory", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("index out of range in self", False),
+    ],
+)
+def test_memory_that_ran_out_is_told_on_every_device(message: str, memory: bool) -> None:
+    """Not every library raises `torch.OutOfMemoryError`."""
+    assert palcache.writers._is_out_of_memory(RuntimeError(message)) == memory
 
 
 def test_out_of_memory_with_workers_does_not_halve_for_each_of_them(folder: Path) -> None:

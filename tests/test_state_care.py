@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet
@@ -18,10 +20,11 @@ from palcache.cache import Cache, Space
 from palcache.compactions import compact_cache
 from palcache.comparisons import Comparisons
 from palcache.configs import EmbedConfig, ExportFormat, StoredDtype
+from palcache.encoders import States
 from palcache.encoding import embed_comparisons
 from palcache.exports import export_cache
 from palcache.merges import merge_caches
-from palcache.verification import verify_cache
+from palcache.verification import reencode_sample, verify_cache
 from tests.state_stubs import StubStateEncoder
 from tests.stubs import small_table
 
@@ -200,3 +203,22 @@ def test_exports_hold_token_states(
         got = [vectors, flat, offsets, torch.tensor([one for row in ids for one in row]), prompts]
         assert table["prompt"].to_pylist()[0].startswith("aska")
     assert same([array.float() for array in got], [array.float() for array in stored])
+
+
+@pytest.mark.parametrize("wrong", ["prompt", "tokens"])
+def test_states_of_another_make_are_found_by_encoding_again(wrong: str, tmp_path: Path) -> None:
+    """Pooled vectors alone do not show that token or prompt states came from elsewhere."""
+    cache, encoder = filled(tmp_path / "c", ("a", A)), StubStateEncoder()
+    compared, lowest, problems = reencode_sample(cache, encoder, 99)
+    assert (compared, problems) == (len(only(cache)), ())
+    assert lowest == pytest.approx(1.0, abs=1e-6)
+    honest = encoder.encode_states
+
+    def lying(*arguments: Any, **options: Any) -> States:
+        states = honest(*arguments, **options)
+        return replace(states, **{wrong: -getattr(states, wrong)})
+
+    encoder.encode_states = lying  # type: ignore[method-assign]
+    compared, lowest, problems = reencode_sample(cache, encoder, 7)
+    assert (compared, len(problems)) == (7, 7)
+    assert lowest < -0.99

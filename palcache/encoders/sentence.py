@@ -190,8 +190,9 @@ class SentenceEncoder:
 
         Those with the most tokens alone can be: what limits a model may be an option of its own.
         """
-        tokenizer, prefix = getattr(self._route(role), "tokenizer", None), self.prefix(role)
-        longest = np.flatnonzero(counts == counts.max(initial=0))
+        tokenizer: Any = getattr(self._route(role), "tokenizer", None)
+        prefix = self.prefix(role)
+        longest = np.flatnonzero(counts == counts.max(initial=0)).tolist()
         found = np.zeros(len(texts), bool)
         with contextlib.suppress(Exception):  # not a tokenizer of transformers
             with self._tokenizing:
