@@ -9,14 +9,8 @@ from palcache.checkpoints import TrainedHead, load_head, save_head
 from palcache.errors import InputError
 from palcache.files import storage_errors, write_json
 from palcache.heads import head_to_dict
-from palcache.published import (
-    PublishedCheckpoint,
-    PublishedOptions,
-    read_encoder,
-    read_published,
-    write_encoder,
-    write_published,
-)
+from palcache.published import PublishedCheckpoint, PublishedOptions
+from palcache.published_files import read_encoder, read_published, write_encoder, write_published
 from palcache.runs import FORMAT, VERSION
 
 

@@ -18,7 +18,8 @@ from palcache.configs import HeadConfig
 from palcache.errors import InputError
 from palcache.heads import PalA, PalB, build_head
 from palcache.imported_runs import export_checkpoint, import_checkpoint
-from palcache.published import PublishedOptions, from_state, read_encoder, read_published, to_state, write_published
+from palcache.published import PublishedOptions, from_state, to_state
+from palcache.published_files import read_encoder, read_published, write_published
 from palcache.scoring import score_token_ids
 from tests.building import generator
 
@@ -33,6 +34,11 @@ def trained(**options: Any) -> TrainedHead:
     config = HeadConfig(**(values | options))
     shape = build_head(config, d=7, users=len(users))
     return TrainedHead(shape, shape.initial(generator(0)), users, {})
+
+
+def without_layers(head: TrainedHead) -> str | None:
+    name = getattr(head.shape, "projector", None)
+    return name if name == "identity" else None
 
 
 @needs_reference
@@ -97,6 +103,7 @@ def test_the_commands(tmp_path: Path) -> None:
         {"projector": "mlp1-gelu-dropout0-batchnorm-nobias", "temperature": 0.3},
         {"projector": "mlp3-relu-dropout05-residual-batchnorm", "p": 7, "score": "dist"},
         {"head": "pal-a"},
+        {"projector": "identity", "p": 7},
         {"head": "pal-a", "user_form": "Pw", "score": "angle", "mixture": "partition"},
         {"head": "pal-a", "user_form": "|f(P)|w", "projector": "mlp1-gelu-dropout0-batchnorm"},
     ],
@@ -114,10 +121,10 @@ def test_round_trip(options: dict[str, Any], tmp_path: Path) -> None:
         assert torch.equal(back.head.parameters[name], value), name
         assert back.head.parameters[name].dtype == value.dtype, name
     assert torch.equal(back.encoder["layers.0.weight"], encoder["layers.0.weight"])
-    inferred = from_state(to_state(head)).head.shape
+    inferred = from_state(to_state(head), PublishedOptions(width=7, projector=without_layers(head))).head.shape
     assert isinstance(inferred, PalA | PalB)
     assert (inferred.k, inferred.d, inferred.p) == (head.shape.k, 7, getattr(head.shape, "p", None))
-    assert inferred.items.hidden == int(inferred.projector[3])
+    assert inferred.items.hidden == (-1 if inferred.projector == "identity" else int(inferred.projector[3]))
 
 
 def test_dots_in_user_ids_are_escaped_for_the_published_code() -> None:
@@ -181,8 +188,8 @@ def test_what_cannot_go_out_or_come_in(tmp_path: Path) -> None:
     shape = build_head(HeadConfig(head="low-rank"), d=7, users=2)
     with pytest.raises(InputError, match="no place for low-rank"):
         to_state(TrainedHead(shape, shape.initial(generator(0)), ("a", "b"), {}))
-    with pytest.raises(InputError, match="no place for pal-b with this projector"):
-        to_state(trained(projector="identity", p=7))
+    with pytest.raises(InputError, match="does not show the width of the vectors that it reads; give it with --width"):
+        from_state(to_state(trained(projector="identity", p=7)), PublishedOptions(projector="identity"))
     write_published(tmp_path / "x.ckpt", trained())
     with pytest.raises(InputError, match="name its folder with --encoder-config"):
         import_checkpoint(tmp_path / "x.ckpt", tmp_path / "run", encoder_out=tmp_path / "encoder")
