@@ -11,7 +11,7 @@ from palcache.files import storage_errors, write_json
 from palcache.heads import head_to_dict
 from palcache.published import PublishedCheckpoint, PublishedOptions
 from palcache.published_files import read_encoder, read_published, write_encoder, write_published
-from palcache.runs import FORMAT, VERSION
+from palcache.run_folders import FORMAT, VERSION
 
 
 def import_checkpoint(

@@ -15,7 +15,7 @@ from palcache.heads.ideal_points import per_pair
 from palcache.heads.projectors import Parameters
 from palcache.heads.protocols import Head, IdealPointHead
 from palcache.losses import norm_bound, pairwise_loss, position_weights, reduce_loss, token_losses, user_weights
-from palcache.tensors import PairBatch
+from palcache.tensors import PairBatch, PreferenceData
 from palcache.token_batches import TokenBatch
 
 EVALUATION_ROWS: Final = 8_192
@@ -139,7 +139,7 @@ class Objective:
         mixtures = torch.cat([known, known.mean(0, keepdim=True)])
         loss = torch.zeros((), dtype=torch.float64, device=data.device if data.device.type != "mps" else "cpu")
         right = torch.zeros_like(loss)
-        for batch in data.batches(TOKEN_ROWS if self.config.token_weighting else EVALUATION_ROWS):
+        for batch in data.batches(EVALUATION_ROWS if isinstance(data, PreferenceData) else TOKEN_ROWS):
             margins = self.shape.margins(parameters, _pairs(batch), mixtures=mixtures[batch.user])
             loss += self._losses(margins, batch).sum().to(loss)
             right += _right(margins, batch).sum().to(loss)

@@ -6,7 +6,7 @@ pair of rows of a `PairBatch`, so that only states with a part in the loss are r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -212,7 +212,7 @@ class TokenData:
 def load_tokens(
     cache: Cache,
     stored: StoredComparisons,
-    spaces: dict[str, str],
+    spaces: Mapping[str, str],
     *,
     alignment: PromptAlignment = "pooled",
     device: str = "auto",

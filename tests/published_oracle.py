@@ -47,7 +47,7 @@ class _Projector(nn.Module):
         out = self.mlp.layers(rows) if isinstance(self.mlp, _Stack) else rows
         if self.residual:
             out = out + rows
-        return out.reshape(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+        return out.reshape(*x.shape[:-1], -1)
 
 
 class _Softmax(nn.Module):
@@ -217,8 +217,9 @@ def random_meta(seed: int) -> dict[str, Any]:
     p = d if residual else draw.choice([q for q in range(2, 13) if q != d])
     flags = ("-residual" if residual else "") + draw.choice(["", "-batchnorm"]) + draw.choice(["", "", "-nobias"])
     name = f"mlp{draw.randint(0, 3)}-{draw.choice(['relu', 'gelu', 'linear'])}-dropout0{flags}"
-    meta = {
-        "pal": pal, "k": draw.randint(1, 5), "d_hid": d, "d_pref": p, "proj_arch": name, "partition": draw.random() < 0.3,
+    k = draw.randint(1, 5)
+    meta: dict[str, Any] = {
+        "pal": pal, "k": k, "d_hid": d, "d_pref": p, "proj_arch": name, "partition": draw.random() < 0.3,
         "loss_weighting": draw.choice(["mean", "cumulative", "only_last"]),
         "temperature": draw.choice([0.2, 0.5, 1.0, 1.7, 4.0]), "steps": draw.randint(2, 4),
     }  # fmt: skip
@@ -226,7 +227,7 @@ def random_meta(seed: int) -> dict[str, Any]:
         return meta | {"loss": draw.choice(["CE", "CE_w"]), "pref_learner_type": "angle", "user_learner_type": None}
     kind = draw.choice(["dist", "dist", "angle_hinge", "angle"])
     loss = "CE" if kind == "angle" else draw.choice(["hinge", "logistic", "hinge_w"])
-    forms = ["f(Pw)", "Pw", *(["f(P)w", "|f(P)|w"] if meta["k"] > 1 or "batchnorm" not in name else [])]
+    forms = ["f(Pw)", "Pw", *(["f(P)w", "|f(P)|w"] if k > 1 or "batchnorm" not in name else [])]
     form = draw.choice(forms)  # torch has no statistics of a single row
     return meta | {"pref_learner_type": kind, "loss": loss, "user_learner_type": form, "steps": 1}
 
@@ -267,10 +268,10 @@ def _inputs(meta: dict[str, Any], n: int = 6, t: int = 9) -> Tensors:
 def _share_right(y_hat: torch.Tensor, case: Tensors) -> float:
     shares = []
     for i, y in enumerate(case["in.y"].tolist()):
-        margins = (y_hat[i] if y_hat.dim() == 2 else y_hat[i, :, 1] - y_hat[i, :, 0]).tolist()
+        margins: list[float] = (y_hat[i] if y_hat.dim() == 2 else y_hat[i, :, 1] - y_hat[i, :, 0]).tolist()
         inside = margins[int(case["in.divergence"][i]) : int(case["in.end"][i])]
         shares.append(sum(y * margin > 0 for margin in inside) / max(len(inside), 1))
-    return sum(shares) / len(shares)
+    return float(sum(shares)) / len(shares)
 
 
 def _train(oracle: Oracle, tensors: Tensors) -> None:

@@ -60,7 +60,7 @@ def read_case(path: Path) -> Case:
         return Case(json.loads(file.metadata()["meta"]), tensors)
 
 
-def within(case: Case, stated: float) -> dict[str, float]:
+def within(case: Case, stated: float) -> dict[str, Any]:
     """Return the stated tolerance for float32, absolute and relative; a tenth of it for float64, far beyond its rounding."""
     allowed = stated if case.tensors["in.left"].dtype == torch.float32 else 0.1 * stated
     return {"atol": allowed, "rtol": allowed}

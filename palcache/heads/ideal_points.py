@@ -78,8 +78,9 @@ def batch_mixtures(
 
 def per_pair(values: torch.Tensor, batch: PairBatch) -> torch.Tensor:
     """Return values of each pair of rows, (m, ...), where they are of each comparison, (n, ...)."""
-    whole = batch.comparison is None or len(values) == len(batch.comparison)
-    return values if whole else lookup(values, batch.comparison)
+    if batch.comparison is None or len(values) == len(batch.comparison):
+        return values
+    return lookup(values, batch.comparison)
 
 
 def compare(
