@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -33,8 +34,12 @@ def read_published(path: Path, options: PublishedOptions | None = None) -> Publi
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise InputError(f"There is no checkpoint {path}.") from error
+        raise InputError(f"There is no checkpoint {path}; name a .ckpt file of the published code.") from error
     except UnpicklingError as error:
+        if not _is_torch_file(path):
+            raise InputError(
+                f"{path} is no file that torch.save wrote; name a .ckpt file of the published code."
+            ) from error
         raise InputError(
             f"{path} holds more than tensors and plain values, so reading it would run code that it brings; save its "
             'state dict alone where you trust it: torch.save({"state_dict": model.state_dict()}, path).'
@@ -48,6 +53,11 @@ def read_published(path: Path, options: PublishedOptions | None = None) -> Publi
         )
     about = content.get("palcache")
     return from_state(state, options, origin=str(path), about=about if isinstance(about, dict) else None)
+
+
+def _is_torch_file(path: Path) -> bool:
+    with path.open("rb") as file:
+        return zipfile.is_zipfile(path) or file.read(1) == b"\x80"
 
 
 def write_published(path: Path, head: TrainedHead, encoder: Mapping[str, torch.Tensor] | None = None) -> None:

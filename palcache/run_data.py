@@ -68,8 +68,9 @@ def _with_tokens(cache: Cache, stored: StoredComparisons, config: FitConfig) -> 
     def keeps(space_id: str) -> bool:
         return "tokens" in cache.spec(space_id)
 
-    aligned = config.prompt_alignment == "position"
-    pairs = tuple(pair for pair in stored.spaces if keeps(pair[1]) and (keeps(pair[0]) or not aligned))
+    pairs = tuple(pair for pair in stored.spaces if keeps(pair[1]))
+    if config.prompt_alignment == "position":
+        pairs = tuple(pair for pair in pairs if keeps(pair[0])) or pairs
     joint = tuple(space_id for space_id in stored.joint_spaces if keeps(space_id))
     return replace(stored, spaces=pairs or stored.spaces, joint_spaces=joint or stored.joint_spaces)
 

@@ -114,7 +114,7 @@ def fit(
             rate = (run.epoch - before) * len(train) / (time.perf_counter() - begun)
             val_loss, val_accuracy = objective.validate(run.parameters, val)
         row = HistoryRow(run.step, run.epoch, loss, val_loss, val_accuracy, run.lr, run.scale)
-        _require_finite(val_loss, row)
+        _require_finite(val_loss, row, run.place(run.step - 1))
         if val_loss < min((r.val_loss for r in history), default=math.inf):
             best = run.snapshot()
         history.append(row)
@@ -143,7 +143,7 @@ def _solve(
     parameters = shape.solve(train, val)
     (loss, _), (val_loss, accuracy) = objective.validate(parameters, train), objective.validate(parameters, val)
     row = HistoryRow(1, 1.0, loss, val_loss, accuracy, 0.0, 1.0)
-    _require_finite(val_loss, row)
+    _require_finite(val_loss, row, "step 1")
     seconds = time.perf_counter() - start
     if on_progress:
         on_progress(FitProgress(row, 1, len(train) / seconds))
@@ -211,11 +211,10 @@ def _stalled(history: list[HistoryRow], config: FitConfig) -> bool:
     return len(history) - 1 - best >= config.patience
 
 
-def _require_finite(val_loss: float, row: HistoryRow) -> None:
+def _require_finite(val_loss: float, row: HistoryRow, place: str) -> None:
     if not math.isfinite(val_loss):
         raise NumericsError(
-            f"The validation loss is {val_loss} at step {row.step} (epoch {row.epoch:.2f}) with learning rate {row.lr:.2e}; "
-            "lower --lr."
+            f"The validation loss is {val_loss} after {place} with learning rate {row.lr:.2e}; lower --lr."
         )
 
 
@@ -281,6 +280,11 @@ class _Run:
         prompts = sum(size for name, size in sizes.items() if name.startswith("g."))
         return n * (2 * (sum(sizes.values()) - prompts) + prompts)
 
+    def place(self, step: int) -> str:
+        """Return how people count a step (from 0)."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        return f"step {step + 1} (epoch {epoch + 1}, batch {batch + 1})"
+
     def snapshot(self) -> Parameters:
         return _copy(self.parameters)
 
@@ -298,8 +302,7 @@ class _Run:
             step = first + bad
             rate = rate_factor(self.config, step, self.steps) * self._peaks[0]
             raise NumericsError(
-                f"The loss is {float(values[bad])} at step {step + 1} (epoch {step // self.steps_per_epoch + 1}, batch "
-                f"{step % self.steps_per_epoch + 1}) with learning rate {rate:.2e}; lower --lr."
+                f"The loss is {float(values[bad])} at {self.place(step)} with learning rate {rate:.2e}; lower --lr."
             )
         return float(values.mean())
 
