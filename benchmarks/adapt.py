@@ -96,8 +96,8 @@ def _questions(users: int, generator: torch.Generator, device: str) -> Preferenc
 
     left = numbers(RESPONSES)
     return PreferenceData(
-        prompts=_Vectors(torch.randn(PROMPTS, D, generator=generator).to(device)),  # type: ignore[arg-type]
-        responses=_Vectors(torch.randn(RESPONSES, D, generator=generator).to(device)),  # type: ignore[arg-type]
+        prompts=_Vectors(torch.randn(PROMPTS, D, generator=generator).to(device)),
+        responses=_Vectors(torch.randn(RESPONSES, D, generator=generator).to(device)),
         prompt=numbers(PROMPTS),
         response_1=left,
         response_2=(left + 1 + numbers(RESPONSES - 1)) % RESPONSES,

@@ -17,7 +17,7 @@ RUN/
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -30,12 +30,13 @@ from palcache.checkpoints import TrainedHead, load_head, save_head
 from palcache.comparison_files import StoredComparisons
 from palcache.configs import FitConfig, HeadConfig, UnknownUsers
 from palcache.errors import CacheError, InputError, MismatchError
-from palcache.evaluation import Evaluation, evaluate_head, evaluate_longer
+from palcache.evaluation import Evaluation, evaluate_head, evaluate_longer, token_accuracy
 from palcache.files import read_json, write_json
 from palcache.heads import head_to_dict
 from palcache.reductions import is_reducible
 from palcache.reports import draw_history, write_history
 from palcache.run_data import EVALUATED, RunSplit
+from palcache.token_batches import TokenData
 from palcache.training import FitResult
 from palcache.user_files import SEEN, UserTable, save_users
 
@@ -217,16 +218,23 @@ def evaluate_rules(
         split: what to evaluate on.
         val: where the temperature is fitted; None reports none.
     """
-    validation = val.data if val else None
-    out = {"head": evaluate_head(head, split.data, split.comparisons, validation=validation)}
+    out = {"head": _evaluate(head, split, val)}
     if blind is not None:
-        out["user_blind"] = evaluate_head(blind, split.data, split.comparisons, validation=validation)
+        out["user_blind"] = _evaluate(blind, split, val)
     return {**out, "longer": evaluate_longer(split.comparisons)}
+
+
+def _evaluate(head: TrainedHead, split: RunSplit, val: RunSplit | None) -> Evaluation:
+    validation = val.served if val else None
+    evaluation = evaluate_head(head, split.served, split.comparisons, validation=validation)
+    if isinstance(split.data, TokenData):
+        return replace(evaluation, token_accuracy=token_accuracy(head, split.data))
+    return evaluation
 
 
 def _save_seen_users(path: Path, head: TrainedHead, splits: Mapping[str, RunSplit]) -> None:
     """Write what new users will need: the population's prior, and what is known of each seen user."""
-    train, val = splits["train"].data, splits["val"].data
+    train, val = splits["train"].served, splits["val"].served
     population, posteriors, counts = describe_population(head.to(train.device), train, val)
     save_users(path / SEEN, UserTable(head.users, posteriors, counts, population.prior), path / "head.safetensors")
 

@@ -34,8 +34,8 @@ def data() -> PreferenceData:
 
     left = numbers(RESPONSES)
     return PreferenceData(
-        prompts=_Vectors(torch.randn(PROMPTS + 2, D, generator=generator)),  # type: ignore[arg-type]
-        responses=_Vectors(torch.randn(RESPONSES + 3, D, generator=generator)),  # type: ignore[arg-type]
+        prompts=_Vectors(torch.randn(PROMPTS + 2, D, generator=generator)),
+        responses=_Vectors(torch.randn(RESPONSES + 3, D, generator=generator)),
         prompt=numbers(PROMPTS) + 1,
         response_1=left,
         response_2=(left + 1 + numbers(RESPONSES - 1)) % RESPONSES,
