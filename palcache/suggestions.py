@@ -14,12 +14,12 @@ from typing import Final, final
 import torch
 
 from palcache.errors import InputError
-from palcache.posteriors import Posteriors, contrasts, margins_and_slopes
+from palcache.padded_users import CELLS, PaddedUsers, coordinates, row_cells
+from palcache.posteriors import Posteriors
 from palcache.reductions import ReducedComparisons
 
 SAMPLES: Final = 64
 """Draws from the posterior over which information is averaged."""
-_CELLS: Final = 4_000_000
 
 
 @final
@@ -67,14 +67,12 @@ def suggest(pool: ReducedComparisons, user: Posteriors, count: int, *, seed: int
 
 def expected_information(pool: ReducedComparisons, user: Posteriors, *, seed: int = 0) -> torch.Tensor:
     """Return each comparison's Fisher information, averaged over a user's posterior, (n, k - 1, k - 1)."""
-    k = pool.k
-    logits = user.samples(SAMPLES, seed=seed)[0].clamp_min(1e-12).log() * pool.temperature
-    z = logits @ contrasts(k).to(logits)
-    parts = [torch.empty(0, k - 1, k - 1, dtype=pool.b.dtype, device=pool.b.device)]
-    for rows in torch.split(torch.arange(len(pool), device=pool.b.device), max(1, _CELLS // (SAMPLES * k * k))):
-        grams = pool.grams[pool.prompt[rows]].unsqueeze(1)
-        margins, slopes = margins_and_slopes(pool.b[rows].unsqueeze(1), grams, z, pool.temperature)
-        probability = torch.sigmoid(margins)
-        weighted = slopes * (probability * (1 - probability)).unsqueeze(-1)
-        parts.append(weighted.transpose(1, 2) @ slopes / SAMPLES)
+    z = coordinates(user.samples(SAMPLES, seed=seed)[0].clamp_min(1e-12).log() * pool.temperature)
+    rows = torch.arange(len(pool), device=pool.device)
+    parts = [pool.products.new_empty(0, pool.k - 1, pool.k - 1)]
+    for at in torch.split(rows, max(1, CELLS // (SAMPLES * row_cells(pool)))):
+        local = PaddedUsers.gather(pool, at.expand(SAMPLES, -1)).around(z)
+        probability = torch.sigmoid(local.margins)
+        weighted = local.slopes * (probability * (1 - probability)).unsqueeze(-1)
+        parts.append(weighted.permute(1, 2, 0) @ local.slopes.transpose(0, 1) / SAMPLES)
     return torch.cat(parts)

@@ -37,6 +37,7 @@ class UserTable:
         counts: comparisons that this rests on, (u,) int64.
         prior: of a new user.
         deviation: posterior standard deviation of each weight, (u, k), by `palcache.regions`; None: by the posteriors.
+        noise: what the head's margins are divided by in the posteriors' likelihood.
     """
 
     users: tuple[str, ...]
@@ -44,6 +45,7 @@ class UserTable:
     counts: torch.Tensor
     prior: Gaussian
     deviation: torch.Tensor | None = None
+    noise: float = 1.0
 
     def updated(self, other: UserTable) -> UserTable:
         """Return these users and those of another table of the same head; the other one wins."""
@@ -58,7 +60,8 @@ class UserTable:
         users = (*(self.users[i] for i in kept.tolist()), *other.users)
         both = self.deviation is not None and other.deviation is not None
         deviation = torch.cat([self.deviation[kept], other.deviation]) if both else None  # type: ignore[index,list-item]
-        return UserTable(users, posteriors, torch.cat([self.counts[kept], other.counts]), other.prior, deviation)
+        counts = torch.cat([self.counts[kept], other.counts])
+        return UserTable(users, posteriors, counts, other.prior, deviation, other.noise)
 
 
 def save_users(path: Path, table: UserTable, head_path: Path) -> None:
@@ -81,6 +84,7 @@ def save_users(path: Path, table: UserTable, head_path: Path) -> None:
         "version": VERSION,
         "head": file_digest(head_path),
         "temperature": repr(table.posteriors.temperature),
+        "noise": repr(table.noise),
     }
     write_with(path, lambda temporary: save_file(tensors, temporary, metadata))
 
@@ -112,4 +116,5 @@ def load_users(path: Path, head_path: Path) -> UserTable | None:
     users = unpack_texts(tensors["user.id.bytes"], tensors["user.id.offsets"])
     posteriors = Posteriors(tensors["mean"], tensors["covariance"], float(metadata["temperature"]))
     prior = Gaussian(tensors["prior.mean"], tensors["prior.covariance"])
-    return UserTable(users, posteriors, tensors["counts"], prior, tensors.get("deviation"))
+    noise = float(metadata.get("noise", 1.0))
+    return UserTable(users, posteriors, tensors["counts"], prior, tensors.get("deviation"), noise)

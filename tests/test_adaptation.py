@@ -82,7 +82,7 @@ def test_uncertainty_of_any_method() -> None:
 
 def test_one_prototype_is_refused() -> None:
     reduced, population = world()
-    one = replace(reduced, b=reduced.b[:, :1], grams=reduced.grams[:, :1, :1])
+    one = replace(reduced, k=1, products=reduced.products[..., :1], grams=reduced.grams[:, :1, :1])
     with pytest.raises(InputError, match="k = 1 prototype, one reward for all users, so there is nothing to adapt"):
         adapt_users(one, population)
 
