@@ -17,6 +17,8 @@ from palcache.devices import side_by_side
 from palcache.padded_users import CELLS, PaddedUsers, contrasts, mixtures_at, padded, row_cells
 from palcache.reductions import ReducedComparisons
 
+START: Final = 1.5
+"""Standard deviations of the prior from its mean to the other points where a search may begin."""
 STEPS: Final = 100
 TOLERANCE: Final = 1e-7
 """A user is done when a step would move no coordinate by more than this, or after `STEPS` steps."""
@@ -157,12 +159,23 @@ class Objective:
         away = z - self.prior.mean
         return self.users.losses(self.users.margins_at(z)) + ((away @ self.precision) * away).sum(-1) / 2
 
+    def start(self) -> torch.Tensor:
+        """Return where to search for the mode, (c, k - 1): the best of the prior's mean and a point towards each prototype.
+
+        A posterior may have several modes: far out on the simplex a mixture hardly changes with z.
+        """
+        mean, covariance = self.prior.mean, self.prior.covariance
+        towards = contrasts(len(mean) + 1).to(mean) @ covariance
+        length = ((towards @ self.precision) * towards).sum(1, keepdim=True).sqrt()
+        points = torch.cat([mean.unsqueeze(0), mean + START * towards / length])
+        values = self.values(points.expand(len(self.users), -1, -1))
+        return points[values.argmin(1)]
+
     def solve(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the modes (c, k - 1) and the covariances there: Newton's steps, damped where one fails."""
-        users = len(self.users)
-        best = self.prior.mean.expand(users, -1).clone()
-        covariance = torch.empty(users, *self.precision.shape, dtype=best.dtype, device=best.device)
-        chunk, alive, z = self, torch.arange(users, device=best.device), best.clone()
+        users, z = len(self.users), self.start()
+        best, covariance = z.clone(), z.new_empty(users, *self.precision.shape)
+        chunk, alive = self, torch.arange(users, device=z.device)
         damping = torch.zeros(users, dtype=best.dtype, device=best.device)
         at = chunk.expand(z)
         for step in range(STEPS):
