@@ -101,7 +101,11 @@ def open_table(
 
 def _missing(cache: Cache, stored: StoredComparisons, spaces: Mapping[str, str]) -> tuple[int, int]:
     """Return how many texts of a table have no vector in a run's spaces, and how many it has."""
-    keys = {"prompt": stored.prompt_keys, "response": stored.response_keys} if "joint" not in spaces else {"joint": stored.joint_keys}
+    keys = (
+        {"prompt": stored.prompt_keys, "response": stored.response_keys}
+        if "joint" not in spaces
+        else {"joint": stored.joint_keys}
+    )
     found = [
         cache.space(spaces[role]).find(wanted) >= 0 if spaces[role] in cache.space_ids else np.zeros(len(wanted), bool)
         for role, wanted in keys.items()

@@ -129,7 +129,11 @@ class PaddedUsers:
         c, s, sides, m = self.products.shape
         w = mixtures_at(z, self.temperature)
         points = w if self.ideal is None else self.ideal(w)
-        t = (self.products.reshape(c, s * sides, m) @ points.transpose(1, 2)).reshape(c, s, sides, z.shape[1]).transpose(2, 3)
+        t = (
+            (self.products.reshape(c, s * sides, m) @ points.transpose(1, 2))
+            .reshape(c, s, sides, z.shape[1])
+            .transpose(2, 3)
+        )
         q = quadratic(self.grams, points).unsqueeze(-1)
         return self.scale * (reward(self.kind, t, q, self.squares.unsqueeze(2)) @ self.signs)
 

@@ -162,8 +162,8 @@ def require_reducible(shape: Head) -> Adaptable:
     values = head_to_dict(shape)
     described = ", ".join(str(values[name]) for name in ("head", "mixture", "weights") if name in values)
     raise InputError(
-        f"This head ({described}) has no users to adapt: expected mixtures of prototypes, that is pal-b or pal-a with --mixture "
-        "softmax or gumbel, or low-rank with --user-weights simplex; train one with palcache train-head."
+        f"This head ({described}) has no users to adapt: expected mixtures of prototypes, that is pal-b or pal-a with "
+        "--mixture softmax or gumbel, or low-rank with --user-weights simplex; train one with palcache train-head."
     )
 
 

@@ -79,8 +79,10 @@ def test_margins_are_the_heads(name: str) -> None:
     head, pairs = head_of(name), data()
     reduced = reduce_comparisons(head, pairs)
     wide = {key: v.double() if v.is_floating_point() else v for key, v in head.parameters.items()}
-    batch = replace(pairs, prompts=TensorTable(pairs.prompts.take(torch.arange(PROMPTS + 2)).double()),
-                    responses=TensorTable(pairs.responses.take(torch.arange(RESPONSES + 3)).double())).batch(torch.arange(N))  # fmt: skip
+    prompts, responses = (
+        TensorTable(table.take(torch.arange(len(table))).double()) for table in (pairs.prompts, pairs.responses)
+    )
+    batch = replace(pairs, prompts=prompts, responses=responses).batch(torch.arange(N))
     expected = head.shape.margins(wide, batch)
     torch.testing.assert_close(reduced.margins(head.mixtures), expected, rtol=2e-5, atol=2e-5)
     at = reduced.margins_at(head.mixtures)
@@ -117,7 +119,9 @@ def test_slopes_are_differences_of_margins(name: str) -> None:
         step = torch.zeros(K - 1, dtype=torch.float64)
         step[j] = 1e-5
         sides = users.margins_at(torch.stack([z - step, z + step], dim=1))
-        torch.testing.assert_close(users.around(z).slopes[..., j], (sides[..., 1] - sides[..., 0]) / 2e-5, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            users.around(z).slopes[..., j], (sides[..., 1] - sides[..., 0]) / 2e-5, rtol=1e-5, atol=1e-7
+        )
 
 
 def test_noise_divides_margins() -> None:
