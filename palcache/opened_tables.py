@@ -17,10 +17,10 @@ from palcache.comparison_files import StoredComparisons
 from palcache.comparisons import Comparisons
 from palcache.errors import InputError, MismatchError
 from palcache.files import read_json
-from palcache.joints import load_joint_preferences
 from palcache.reductions import ReducedComparisons, float64_device, reduce_comparisons
+from palcache.run_data import load_vectors
 from palcache.tables import read_comparisons
-from palcache.tensors import PreferenceData, load_preferences
+from palcache.tensors import PreferenceData
 from palcache.user_files import SEEN, load_users
 
 
@@ -95,7 +95,7 @@ def open_table(
             f"{config['encoder'].get('model')} in {cache.path}; add them with palcache embed {source} --cache {cache.path} "
             f"--model {config['encoder'].get('model')}{joint}."
         )
-    data = _load(cache, stored, spaces, device)
+    data = load_vectors(cache, stored, spaces, device)
     return OpenedTable(stored.name, stored.comparisons, data, head.to(data.device))
 
 
@@ -113,13 +113,6 @@ def _missing(cache: Cache, stored: StoredComparisons, spaces: Mapping[str, str])
     return sum(int((~known).sum()) for known in found), sum(map(len, found))
 
 
-def _load(cache: Cache, stored: StoredComparisons, spaces: Mapping[str, str], device: str) -> PreferenceData:
-    """Return a table's comparisons with their vectors in a run's spaces."""
-    if "joint" in spaces:
-        return load_joint_preferences(cache, replace(stored, joint_spaces=(spaces["joint"],)), device=device)
-    return load_preferences(cache, replace(stored, spaces=((spaces["prompt"], spaces["response"]),)), device=device)
-
-
 def population_of(path: Path, cache: Cache, opened: OpenedTable) -> Population:
     """Return the run's population: from its file, or from its table where the run is older than that file."""
     head = opened.head
@@ -135,7 +128,7 @@ def population_of(path: Path, cache: Cache, opened: OpenedTable) -> Population:
             f"The run {path} has no {SEEN}, and {cache.path} lacks its table {name}; train it again with palcache "
             "train-head, or name the cache that it was trained on."
         )
-    data = _load(cache, stored, config["spaces"], str(opened.data.device))
+    data = load_vectors(cache, stored, config["spaces"], str(opened.data.device))
     column = stored.comparisons.split
     of_head = set(head.users)
     known = np.array([user in of_head for user in data.users], bool)[stored.comparisons.users.codes]

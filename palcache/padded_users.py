@@ -196,7 +196,8 @@ class _Chart:
         if ideal is None:
             return out
         curve = torch.func.vmap(torch.func.jacrev(torch.func.jacrev(lambda w, f: (ideal(w) * f).sum())))(self.w, force)
-        return out + self.spread.transpose(1, 2) @ curve @ self.spread
+        bent: torch.Tensor = out + self.spread.transpose(1, 2) @ curve @ self.spread
+        return bent
 
 
 @final
