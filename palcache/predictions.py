@@ -90,7 +90,7 @@ def predict_splits(rules: Mapping[str, TrainedHead], splits: Mapping[str, RunSpl
         if name == "train":
             continue
         part = split.comparisons
-        margins = {rule: predict_margins(head, split.data) for rule, head in rules.items()}
+        margins = {rule: predict_margins(head, split.served) for rule, head in rules.items()}
         margins[LONGER] = longer_margins(part)
         codes = np.array([number[user] for user in part.users.values.to_pylist()], np.int64)
         out[name] = SplitPredictions(split.rows, codes[part.users.codes], part.y, margins)

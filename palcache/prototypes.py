@@ -103,7 +103,7 @@ def describe_prototypes(head: TrainedHead, split: RunSplit) -> Prototypes:
     """Return what the prototypes of a head (one of `has_prototypes`) do on held-out comparisons."""
     n = len(split.rows)
     kept = np.unique(np.linspace(0, n - 1, min(n, EXAMINED)).astype(np.int64))
-    data, comparisons, rows = split.data.take(kept), split.comparisons.take(kept), split.rows[kept]
+    data, comparisons, rows = split.served.take(kept), split.comparisons.take(kept), split.rows[kept]
     margins, cosine = _alone(head.to(data.device), data)
     same = [[float((np.sign(one) == np.sign(other)).mean()) for other in margins.T] for one in margins.T]
     decisions = tuple(_decisions(j, margins, comparisons, rows) for j in range(margins.shape[1]))

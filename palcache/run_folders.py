@@ -4,7 +4,7 @@
 RUN/
   config.json           what was trained on what: configurations, fingerprints of cache and table, versions
   head.safetensors      the head of the lowest validation loss, its users included
-  users.safetensors     its users: what is known of each, comparisons of each, and the prior of new ones (PAL-B, cosines, k > 1)
+  users.safetensors     its users: what is known of each, comparisons of each, and the prior of new ones (k > 1)
   adapted_users.safetensors  users who were added later
   user_blind.safetensors  the k = 1 yardstick, trained with the same settings
   history.csv           every evaluation
@@ -19,7 +19,7 @@ RUN/
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -32,14 +32,15 @@ from palcache.checkpoints import TrainedHead, load_head, save_head
 from palcache.comparison_files import StoredComparisons
 from palcache.configs import FitConfig, HeadConfig, UnknownUsers
 from palcache.errors import CacheError, InputError, MismatchError
-from palcache.evaluation import Evaluation
+from palcache.evaluation import Evaluation, token_accuracy
 from palcache.files import read_json, write_json
 from palcache.heads import head_to_dict
-from palcache.predictions import PREDICTIONS, evaluate_predictions, predict_splits, save_predictions
+from palcache.predictions import PREDICTIONS, Predictions, evaluate_predictions, predict_splits, save_predictions
 from palcache.prototypes import PROTOTYPES, describe_prototypes, has_prototypes, save_prototypes
 from palcache.reductions import is_reducible
 from palcache.reports import draw_history, write_history
 from palcache.run_data import EVALUATED, RunSplit
+from palcache.token_batches import TokenData
 from palcache.training import FitResult
 from palcache.user_files import SEEN, UserTable, save_users
 
@@ -206,11 +207,12 @@ def finish_run(
     save_head(path / "user_blind.safetensors", blind)
     if head.shape.k > 1 and is_reducible(head.shape):
         _save_seen_users(path, head, splits)
-    predictions = predict_splits({"head": head, "user_blind": blind}, splits, head.about["table"]["fingerprint"])
+    rules = {"head": head, "user_blind": blind}
+    predictions = predict_splits(rules, splits, head.about["table"]["fingerprint"])
     save_predictions(path / PREDICTIONS, predictions)
     if has_prototypes(head.shape):
         save_prototypes(path / PROTOTYPES, describe_prototypes(head, splits["test"]))
-    evaluations = {name: evaluate_predictions(predictions, name, splits[name].comparisons) for name in EVALUATED}
+    evaluations = {name: _evaluate(rules, predictions, name, splits[name]) for name in EVALUATED}
     write_history(path / "history.csv", fitted.history)
     draw_history(path / "curves.png", fitted.history, best_step=fitted.best_step, title=_title(head))
     summary = {"best_step": fitted.best_step, "stopped_early": fitted.stopped_early}
@@ -233,14 +235,26 @@ def evaluate_rules(
     """
     rules = {"head": head} if blind is None else {"head": head, "user_blind": blind}
     predictions = predict_splits(rules, {"evaluated": split} if val is None else {"evaluated": split, "val": val})
-    return evaluate_predictions(predictions, "evaluated", split.comparisons)
+    return _evaluate(rules, predictions, "evaluated", split)
+
+
+def _evaluate(
+    rules: Mapping[str, TrainedHead], predictions: Predictions, name: str, split: RunSplit
+) -> dict[str, Evaluation]:
+    """Return the evaluations of predictions, and where there are token states the accuracy at every token too."""
+    found = evaluate_predictions(predictions, name, split.comparisons)
+    if isinstance(split.data, TokenData):
+        for rule, head in rules.items():
+            found[rule] = replace(found[rule], token_accuracy=token_accuracy(head, split.data))
+    return found
 
 
 def _save_seen_users(path: Path, head: TrainedHead, splits: Mapping[str, RunSplit]) -> None:
     """Write what new users will need: the population's prior, and what is known of each seen user."""
-    train, val = splits["train"].data, splits["val"].data
+    train, val = splits["train"].served, splits["val"].served
     population, posteriors, counts = describe_population(head.to(train.device), train, val)
-    save_users(path / SEEN, UserTable(head.users, posteriors, counts, population.prior), path / "head.safetensors")
+    table = UserTable(head.users, posteriors, counts, population.prior, noise=population.noise)
+    save_users(path / SEEN, table, path / "head.safetensors")
 
 
 def _title(head: TrainedHead) -> str:

@@ -12,7 +12,7 @@ from typing import Final, Literal, final
 import torch
 
 from palcache.checkpoints import FitState, HistoryRow
-from palcache.choices import EMBED_JOINT, EMBED_TOKENS
+from palcache.choices import EMBED_JOINT, EMBED_JOINT_TOKENS, EMBED_TOKENS, PromptAlignment
 from palcache.configs import FitConfig
 from palcache.errors import InputError, NumericsError
 from palcache.heads import Head, IdealPointHead, Parameters, SolvedHead, scale
@@ -114,7 +114,7 @@ def fit(
             rate = (run.epoch - before) * len(train) / (time.perf_counter() - begun)
             val_loss, val_accuracy = objective.validate(run.parameters, val)
         row = HistoryRow(run.step, run.epoch, loss, val_loss, val_accuracy, run.lr, run.scale)
-        _require_finite(val_loss, row)
+        _require_finite(val_loss, row, run.place(run.step - 1))
         if val_loss < min((r.val_loss for r in history), default=math.inf):
             best = run.snapshot()
         history.append(row)
@@ -143,7 +143,7 @@ def _solve(
     parameters = shape.solve(train, val)
     (loss, _), (val_loss, accuracy) = objective.validate(parameters, train), objective.validate(parameters, val)
     row = HistoryRow(1, 1.0, loss, val_loss, accuracy, 0.0, 1.0)
-    _require_finite(val_loss, row)
+    _require_finite(val_loss, row, "step 1")
     seconds = time.perf_counter() - start
     if on_progress:
         on_progress(FitProgress(row, 1, len(train) / seconds))
@@ -161,21 +161,22 @@ def _check(shape: Head, train: TrainingData, val: TrainingData, config: FitConfi
                 f"The {name} comparisons are numbered for {len(data.users)} users, the head for {shape.users}; number them "
                 "as the head's with with_users."
             )
-        require_vectors(shape, config, joint=data.joint, tokens=isinstance(data, TokenData))
+        alignment = data.alignment if isinstance(data, TokenData) else None
+        require_vectors(shape, config, joint=data.joint, alignment=alignment)
     if int(train.user.min()) < 0:
         raise InputError(
             "A training comparison is of a user whom the head does not have; build the head for its users."
         )
 
 
-def require_vectors(shape: Head, config: FitConfig, *, joint: bool, tokens: bool) -> None:
+def require_vectors(shape: Head, config: FitConfig, *, joint: bool, alignment: PromptAlignment | None) -> None:
     """Refuse a head or a loss that needs other vectors than there are, naming the command that makes them.
 
     Args:
         shape: the head.
         config: how it is to be trained.
         joint: the vectors are of prompt and response in one forward.
-        tokens: there is a vector at every token.
+        alignment: what the tokens of responses meet, where there is a vector at every token; None where there is none.
 
     Raises:
         InputError: they do not fit.
@@ -185,14 +186,19 @@ def require_vectors(shape: Head, config: FitConfig, *, joint: bool, tokens: bool
             "PAL-A reads vectors of prompt and response in one forward, and these are of each alone; make them with "
             f"{EMBED_JOINT}."
         )
-    weighting = config.token_weighting
+    weighting, tokens = config.token_weighting, alignment is not None
     if weighting is not None and not tokens:
+        command = EMBED_JOINT_TOKENS if shape.joint else EMBED_TOKENS
         raise InputError(
             f"The token loss {weighting} needs a vector at every token, and the cache is pooled; make them with "
-            f"{EMBED_TOKENS}, or leave out --token-weighting."
+            f"{command}, or leave out --token-weighting."
         )
     if weighting is None and tokens:
         raise InputError("The vectors are of every token; choose --token-weighting mean, cumulative or only_last.")
+    if tokens and not joint and alignment != config.prompt_alignment:
+        raise InputError(
+            f"The prompt alignment {config.prompt_alignment} is asked for, and the data has {alignment}; load them alike."
+        )
     if not isinstance(shape, IdealPointHead) and (tokens or config.bound_weight):
         what = "token losses" if tokens else "the bound of ideal points"
         raise InputError(f"Only pal-a and pal-b have {what}; choose one of them with --head.")
@@ -205,11 +211,10 @@ def _stalled(history: list[HistoryRow], config: FitConfig) -> bool:
     return len(history) - 1 - best >= config.patience
 
 
-def _require_finite(val_loss: float, row: HistoryRow) -> None:
+def _require_finite(val_loss: float, row: HistoryRow, place: str) -> None:
     if not math.isfinite(val_loss):
         raise NumericsError(
-            f"The validation loss is {val_loss} at step {row.step} (epoch {row.epoch:.2f}) with learning rate {row.lr:.2e}; "
-            "lower --lr."
+            f"The validation loss is {val_loss} after {place} with learning rate {row.lr:.2e}; lower --lr."
         )
 
 
@@ -275,6 +280,11 @@ class _Run:
         prompts = sum(size for name, size in sizes.items() if name.startswith("g."))
         return n * (2 * (sum(sizes.values()) - prompts) + prompts)
 
+    def place(self, step: int) -> str:
+        """Return how people count a step (from 0)."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        return f"step {step + 1} (epoch {epoch + 1}, batch {batch + 1})"
+
     def snapshot(self) -> Parameters:
         return _copy(self.parameters)
 
@@ -292,8 +302,7 @@ class _Run:
             step = first + bad
             rate = rate_factor(self.config, step, self.steps) * self._peaks[0]
             raise NumericsError(
-                f"The loss is {float(values[bad])} at step {step + 1} (epoch {step // self.steps_per_epoch + 1}, batch "
-                f"{step % self.steps_per_epoch + 1}) with learning rate {rate:.2e}; lower --lr."
+                f"The loss is {float(values[bad])} at {self.place(step)} with learning rate {rate:.2e}; lower --lr."
             )
         return float(values.mean())
 
