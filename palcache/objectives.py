@@ -13,6 +13,7 @@ from palcache.configs import FitConfig
 from palcache.heads.projectors import Parameters
 from palcache.heads.protocols import Head, IdealPointHead
 from palcache.losses import norm_bound, pairwise_loss, reduce_loss, token_accuracy, token_loss, user_weights
+from palcache.noises import Noise
 from palcache.tensors import PairBatch
 from palcache.token_batches import TokenBatch
 
@@ -75,7 +76,7 @@ class Objective:
         parameters: Mapping[str, torch.Tensor],
         batch: PairBatch | TokenBatch,
         *,
-        noise: torch.Generator | None = None,
+        noise: Noise | None = None,
         updates: Parameters | None = None,
         counts: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -84,7 +85,7 @@ class Objective:
         Args:
             parameters: of the head.
             batch: pooled comparisons, or comparisons with every token.
-            noise: draws dropout and Gumbel noise.
+            noise: dropout and Gumbel noise of the step.
             updates: receives new running statistics; also without them it is an empty dictionary in training.
             counts: number of training comparisons of each user, (u,), where every user is to count the same.
         """
@@ -102,7 +103,7 @@ class Objective:
         self,
         parameters: Mapping[str, torch.Tensor],
         batch: PairBatch | TokenBatch,
-        noise: torch.Generator | None,
+        noise: Noise | None,
         updates: Parameters | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return margins, (n,) or (n, t), and the ideal points where their norms are bounded."""

@@ -114,6 +114,8 @@ class PairBatch:
         response_2: row of the right response, (n,) int64.
         user: number of the user, (n,) int64; -1 is a user whom the head does not know.
         y: -1, 0 or +1, (n,) float32.
+        prompt_names: of the prompt vectors, (P,) int64, which noise goes by; None counts them.
+        response_names: of the response vectors, (R,).
     """
 
     prompts: torch.Tensor
@@ -123,6 +125,8 @@ class PairBatch:
     response_2: torch.Tensor
     user: torch.Tensor
     y: torch.Tensor
+    prompt_names: torch.Tensor | None = None
+    response_names: torch.Tensor | None = None
 
 
 @final
@@ -188,24 +192,37 @@ class PreferenceData:
         Args:
             rows: row numbers on the data's device, (n,).
         """
-        prompts, prompt = self._distinct(self.prompts, self.prompt[rows])
+        prompts, prompt = _distinct(self.prompt[rows], len(self.prompts))
         pair = torch.cat([self.response_1[rows], self.response_2[rows]])
-        responses, response = self._distinct(self.responses, pair)
+        responses, response = _distinct(pair, len(self.responses))
         n = len(rows)
-        return PairBatch(prompts, prompt, responses, response[:n], response[n:], self.user[rows], self.y[rows])
-
-    @staticmethod
-    def _distinct(table: VectorTable | TensorTable, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the vectors at `index` and where each stands; once each, where repeats are likely."""
-        if len(table) > 8 * len(index):  # a batch then repeats few rows, and finding them costs more than it saves
-            return table.take(index), torch.arange(len(index), device=index.device)
-        distinct, inverse = torch.unique(index, return_inverse=True)
-        return table.take(distinct), inverse
+        return PairBatch(
+            self.prompts.take(prompts),
+            prompt,
+            self.responses.take(responses),
+            response[:n],
+            response[n:],
+            self.user[rows],
+            self.y[rows],
+            prompts,
+            responses,
+        )
 
     def batches(self, size: int) -> Iterator[PairBatch]:
         """Yield all comparisons in order, `size` at a time."""
         for rows in torch.split(torch.arange(len(self), device=self.device), size):
             yield self.batch(rows)
+
+
+def _distinct(index: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows to be read of a table of so many, and where each of `index` stands among them.
+
+    Each is read once where repeats are likely; elsewhere finding them costs more than it saves.
+    """
+    if rows > 8 * len(index):
+        return index, torch.arange(len(index), device=index.device)
+    distinct, inverse = torch.unique(index, return_inverse=True)
+    return distinct, inverse
 
 
 def load_preferences(

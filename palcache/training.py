@@ -17,6 +17,7 @@ from palcache.configs import FitConfig
 from palcache.errors import InputError, NumericsError
 from palcache.heads import Head, IdealPointHead, Parameters, SolvedHead, scale
 from palcache.heads.protocols import group_of, trained_names
+from palcache.noises import Noise, noise_keys
 from palcache.objectives import Objective, TrainingData
 from palcache.optimizers import build_optimizer, rate_factor
 from palcache.tensors import PreferenceData
@@ -249,7 +250,6 @@ class _Run:
         self.optimizer = build_optimizer(trained, config, train.device)
         self.counts = torch.bincount(train.user, minlength=shape.users) if config.weighting == "users" else None
         self._peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self._noise = torch.Generator(train.device)
         if state:
             self._restore(state.moments)
 
@@ -282,10 +282,10 @@ class _Run:
         """Train up to the next evaluation; return the mean loss of the steps."""
         number = self.step * self.config.evaluations // self.steps + 1
         last = -(-number * self.steps // self.config.evaluations)
-        self._noise.manual_seed(_seed_of(self.config.seed, 1, self.step))
         first, losses = self.step, []
-        for rows in self._batches(last):
-            losses.append(self._update(rows))
+        keys = noise_keys(self.config.seed, range(first, last)).to(self.train.device)
+        for rows, key in zip(self._batches(last), keys.unbind(), strict=True):
+            losses.append(self._update(rows, Noise(key)))
         values = torch.stack(losses)
         if not bool(torch.isfinite(values).all()):
             bad = int(torch.nonzero(~torch.isfinite(values))[0])
@@ -297,12 +297,12 @@ class _Run:
             )
         return float(values.mean())
 
-    def _update(self, rows: torch.Tensor) -> torch.Tensor:
+    def _update(self, rows: torch.Tensor, noise: Noise) -> torch.Tensor:
         factor = rate_factor(self.config, self.step, self.steps)
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
         batch, updates = self.train.batch(rows), Parameters()
-        loss = self.objective(self.parameters, batch, noise=self._noise, updates=updates, counts=self.counts)
+        loss = self.objective(self.parameters, batch, noise=noise, updates=updates, counts=self.counts)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
@@ -314,7 +314,7 @@ class _Run:
         """Yield the rows of each step up to `last`; the order depends on the seed and the epoch alone."""
         while self.step < last:
             epoch, skip = divmod(self.step, self.steps_per_epoch)
-            order = epoch_order(len(self.train), _seed_of(self.config.seed, 0, epoch), streamed=self.train.streamed)
+            order = epoch_order(len(self.train), order_seed(self.config.seed, epoch), streamed=self.train.streamed)
             batches = order.to(self.train.device).tensor_split(self.steps_per_epoch)
             yield from batches[skip : skip + last - self.step]
 
@@ -337,9 +337,9 @@ def _copy(parameters: Mapping[str, torch.Tensor]) -> Parameters:
     return {name: value.detach().clone() for name, value in parameters.items()}
 
 
-def _seed_of(seed: int, stream: int, counter: int) -> int:
-    """Return a seed for one use of randomness: streams and counters never share one."""
-    return ((seed * 2 + stream) << 24) + counter
+def order_seed(seed: int, epoch: int) -> int:
+    """Return the seed of the order of an epoch: seeds and epochs never share one."""
+    return (seed << 25) + epoch
 
 
 def epoch_order(n: int, seed: int, *, streamed: bool = False) -> torch.Tensor:

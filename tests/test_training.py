@@ -19,7 +19,7 @@ from palcache.configs import FitConfig, HeadConfig
 from palcache.errors import InputError, NumericsError
 from palcache.heads import PalB, Parameters
 from palcache.tensors import PairBatch, PreferenceData, VectorTable, load_preferences
-from palcache.training import FitProgress, FitResult, FitState, epoch_order, fit, validate
+from palcache.training import FitProgress, FitResult, FitState, epoch_order, fit, order_seed, validate
 from tests.worlds import PLANTED_FIT, PLANTED_HEAD, make_cache, planted_rows, splits_of
 
 QUICK = FitConfig(batch_size=32, epochs=4, evaluations=6, lr=0.01, patience=0)
@@ -314,7 +314,7 @@ def test_a_broken_loss_says_where_it_began(
 ) -> None:
     """The comparison's place in the first epoch's order is the batch that the message must name."""
     train = poisoned(cache, row)
-    order = epoch_order(len(train), training._seed_of(QUICK.seed, 0, 0))
+    order = epoch_order(len(train), order_seed(QUICK.seed, 0))
     parts = order.tensor_split(-(-len(train) // 32))
     batch = next(i for i, part in enumerate(parts) if row in part.tolist())
     with pytest.raises(
@@ -379,8 +379,8 @@ def test_an_epoch_is_every_comparison_once(n: int, seed: int, rows: int, *, stre
 
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
-    seeds = [training._seed_of(seed, stream, count) for seed in range(4) for stream in (0, 1) for count in range(50)]
-    assert len(set(seeds)) == 400
+    seeds = [order_seed(seed, epoch) for seed in range(4) for epoch in range(50)]
+    assert len(set(seeds)) == 200
     assert epoch_order(50, 1).tolist() != epoch_order(50, 2).tolist() != list(range(50))
 
 

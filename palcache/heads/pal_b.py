@@ -16,10 +16,11 @@ import torch.nn.functional as F
 
 from palcache.choices import LOSS_OF, Loss, Mixture, Score, Start
 from palcache.configs import HeadConfig
-from palcache.heads.ideal_points import batch_mixtures, both_rewards, compare, project, project_items
+from palcache.heads.ideal_points import batch_mixtures, both_rewards, compare, project, project_items, row_noise
 from palcache.heads.mixtures import mix
 from palcache.heads.projectors import Parameters, Projector
 from palcache.heads.scores import SCALED, initial_scale
+from palcache.noises import Noise, RowNoise
 from palcache.tensors import PairBatch
 from palcache.token_batches import TokenBatch
 
@@ -122,7 +123,7 @@ class PalB:
         self,
         parameters: Mapping[str, torch.Tensor],
         x: torch.Tensor,
-        noise: torch.Generator | None = None,
+        noise: RowNoise | None = None,
         updates: Parameters | None = None,
     ) -> torch.Tensor:
         """Return f of response vectors, (..., d) -> (..., p)."""
@@ -132,7 +133,7 @@ class PalB:
         self,
         parameters: Mapping[str, torch.Tensor],
         x: torch.Tensor,
-        noise: torch.Generator | None = None,
+        noise: RowNoise | None = None,
         updates: Parameters | None = None,
     ) -> torch.Tensor:
         """Return g_1 ... g_k of prompt vectors, (..., d) -> (k, ..., p)."""
@@ -144,7 +145,7 @@ class PalB:
         batch: PairBatch,
         *,
         mixtures: torch.Tensor | None = None,
-        noise: torch.Generator | None = None,
+        noise: Noise | None = None,
         updates: Parameters | None = None,
     ) -> torch.Tensor:
         """Return r(response_2) - r(response_1), (n,); positive predicts y = +1.
@@ -153,7 +154,7 @@ class PalB:
             parameters: as `initial` draws them.
             batch: the comparisons.
             mixtures: one mixture per comparison, (n, k); None takes the head's own users.
-            noise: draws dropout and Gumbel noise in training; None in evaluation.
+            noise: dropout and Gumbel noise of a training step; None in evaluation.
             updates: receives new running statistics in training; None in evaluation.
         """
         points = self.points(parameters, batch, mixtures=mixtures, noise=noise, updates=updates)
@@ -165,7 +166,7 @@ class PalB:
         batch: TokenBatch,
         *,
         mixtures: torch.Tensor | None = None,
-        noise: torch.Generator | None = None,
+        noise: Noise | None = None,
         updates: Parameters | None = None,
     ) -> torch.Tensor:
         """Return r(response_1) and r(response_2) at every position, (n, t, 2); arguments as for `margins`."""
@@ -178,7 +179,7 @@ class PalB:
         batch: PairBatch | TokenBatch,
         *,
         mixtures: torch.Tensor | None = None,
-        noise: torch.Generator | None = None,
+        noise: Noise | None = None,
         updates: Parameters | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return items as the score compares them, left and right, and ideal points as they are, (..., p) each."""
@@ -188,15 +189,17 @@ class PalB:
         left, right = project_items(self.items, self.score, parameters, batch, noise, updates)
         prompts = batch.prompts
         if isinstance(batch, TokenBatch):
-            prototypes = self.project_prompts(parameters, prompts, noise, updates)
+            drawn = row_noise(noise, "prototypes", prompts, None)
+            prototypes = self.project_prompts(parameters, prompts, drawn, updates)
             weights = mixtures.T.reshape(self.k, -1, *[1] * (prompts.dim() - 1))
             ideal = (prototypes * weights).sum(0)
             return left, right, ideal if prompts.dim() > 2 else ideal.unsqueeze(1)
+        prompt, names = batch.prompt, batch.prompt_names
         if self.prototypes.batchnorm and updates is not None:  # statistics of the comparisons, not of distinct prompts
-            prompts, prompt = prompts[batch.prompt], torch.arange(len(batch.prompt), device=prompts.device)
-        else:
-            prompt = batch.prompt
-        prototypes = self.project_prompts(parameters, prompts, noise, updates)
+            prompts, names = prompts[prompt], prompt if names is None else names[prompt]
+            prompt = torch.arange(len(prompt), device=prompts.device)
+        drawn = row_noise(noise, "prototypes", prompts, names)
+        prototypes = self.project_prompts(parameters, prompts, drawn, updates)
         return left, right, self.ideal_points(prototypes, prompt, mixtures)
 
     def compare(
