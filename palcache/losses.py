@@ -145,6 +145,6 @@ def token_accuracy(margins: torch.Tensor, y: torch.Tensor, divergence: torch.Ten
     return (right * span_weights("mean", margins.shape[-1], divergence, end, margins.dtype)).sum(-1)
 
 
-def norm_bound(points: torch.Tensor, bound: float) -> torch.Tensor:
+def norm_bound(points: torch.Tensor, bound: float | torch.Tensor) -> torch.Tensor:
     """Return the sum over rows of max(0, |row| - bound), (..., m, p) -> (...,)."""
     return F.relu(torch.linalg.vector_norm(points, dim=-1) - bound).sum(-1)

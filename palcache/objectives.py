@@ -66,10 +66,12 @@ class Objective:
     Attributes:
         shape: the head.
         config: loss, weightings, bound and precision.
+        bound: weight and bound of norms that stand for those of the configuration, where heads of different ones are stacked.
     """
 
     shape: Head
     config: FitConfig
+    bound: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __call__(
         self,
@@ -97,7 +99,8 @@ class Objective:
         if ideal is None:
             return loss
         rows = ideal.to(margins.dtype).reshape(-1, ideal.shape[-1])
-        return loss + self.config.bound_weight * norm_bound(rows, self.config.bound)
+        weight, bound = self.bound or (self.config.bound_weight, self.config.bound)
+        return loss + weight * norm_bound(rows, bound)
 
     def _forward(
         self,
@@ -129,17 +132,24 @@ class Objective:
 
         Of token data, accuracy is the mean share of right tokens.
         """
-        known = self.shape.mixtures(parameters)
-        mixtures = torch.cat([known, known.mean(0, keepdim=True)])
         loss = torch.zeros((), dtype=torch.float64, device=data.device if data.device.type != "mps" else "cpu")
         right = torch.zeros_like(loss)
         for batch in data.batches(TOKEN_ROWS if self.config.token_weighting else EVALUATION_ROWS):
-            margins = self._evaluate(parameters, batch, mixtures[batch.user])
-            loss += self._losses(margins, batch).sum().to(loss)
-            right += _right(margins, batch).sum().to(loss)
+            losses, rights = self.evaluate(parameters, batch)
+            loss += losses.sum().to(loss)
+            right += rights.sum().to(loss)
         return float(loss) / len(data), float(right) / len(data)
 
-    def _evaluate(
+    def evaluate(
+        self, parameters: Mapping[str, torch.Tensor], batch: PairBatch | TokenBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss of each comparison and whether it is predicted right, (n,) each; users as for `validate`."""
+        known = self.shape.mixtures(parameters)
+        mixtures = torch.cat([known, known.mean(0, keepdim=True)])
+        margins = self._margins(parameters, batch, mixtures[batch.user])
+        return self._losses(margins, batch), _right(margins, batch)
+
+    def _margins(
         self, parameters: Mapping[str, torch.Tensor], batch: PairBatch | TokenBatch, mixtures: torch.Tensor
     ) -> torch.Tensor:
         if isinstance(batch, PairBatch):

@@ -56,6 +56,11 @@ class VectorTable:
         """Vectors are read through the memory map, batch by batch."""
         return self._resident is None
 
+    @property
+    def resident(self) -> torch.Tensor | None:
+        """All vectors, (m, d), where they are on the device."""
+        return self._resident
+
     def take(self, index: torch.Tensor) -> torch.Tensor:
         """Return vectors by their position in this table, (n,) -> (n, d) float32."""
         if self._resident is not None:
@@ -85,6 +90,11 @@ class TensorTable:
     def streamed(self) -> bool:
         """The vectors are in memory."""
         return False
+
+    @property
+    def resident(self) -> torch.Tensor:
+        """All vectors, (m, d)."""
+        return self.vectors
 
     def take(self, index: torch.Tensor) -> torch.Tensor:
         """Return vectors by their position in this table, (n,) -> (n, d)."""

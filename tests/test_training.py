@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palcache import tensors, training
+from palcache import fits, tensors
 from palcache.cache import Cache
 from palcache.configs import FitConfig, HeadConfig
 from palcache.errors import InputError, NumericsError
@@ -368,8 +368,8 @@ def test_an_epoch_is_every_comparison_once(n: int, seed: int, rows: int, *, stre
     """Streamed, neighbours come from at most as many blocks as are mixed at a time."""
     n = n * rows if streamed else n
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "SHUFFLE_ROWS", rows)
-        patch.setattr(training, "SHUFFLE_BLOCKS", 3)
+        patch.setattr(fits, "SHUFFLE_ROWS", rows)
+        patch.setattr(fits, "SHUFFLE_BLOCKS", 3)
         order = epoch_order(n, seed, streamed=streamed)
         assert sorted(order.tolist()) == list(range(n))
         assert torch.equal(order, epoch_order(n, seed, streamed=streamed))
@@ -401,7 +401,7 @@ def test_a_small_head_uses_one_thread_and_gives_the_others_back(
         assert set(seen) == {1}
         assert torch.get_num_threads() == 3
         seen.clear()
-        monkeypatch.setattr(training, "WORK_PER_THREAD", 1)
+        monkeypatch.setattr(fits, "WORK_PER_THREAD", 1)
         run(shape, data, replace(QUICK, epochs=1, evaluations=1))
         assert set(seen) == {3}
         with pytest.raises(NumericsError, match="lower --lr"):
