@@ -17,7 +17,7 @@ from palcache.published import (
     write_encoder,
     write_published,
 )
-from palcache.runs import FORMAT, VERSION
+from palcache.run_folders import FORMAT, VERSION
 
 
 def import_checkpoint(

@@ -126,7 +126,7 @@ class RowNoise:
 def noise_keys(seed: int, steps: range) -> torch.Tensor:
     """Return the keys of some steps of a training, (s,) int64; seed in [0, 2^64)."""
     start = well_mixed(np.array([seed], np.uint64))
-    return torch.from_numpy(well_mixed(start + np.arange(steps.start, steps.stop, dtype=np.uint64)).view(np.int64))
+    return torch.from_numpy(well_mixed(start + np.arange(steps.start, steps.stop).astype(np.uint64)).view(np.int64))
 
 
 @functools.cache

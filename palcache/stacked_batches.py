@@ -61,7 +61,8 @@ class StackedOrder:
 
     def __init__(self, train: PreferenceData, seeds: Sequence[int], course: Course) -> None:
         self._train, self._seeds, self._course = train, list(seeds), course
-        self._epoch, self._batches = -1, ()
+        self._epoch = -1
+        self._batches: tuple[torch.Tensor, ...] = ()
 
     def take(self, heads: Sequence[int]) -> None:
         """Go on with some of the heads."""

@@ -73,11 +73,12 @@ class Member:
             epochs=self.config.total_epochs(comparisons),
             bound_weight=float(self.config.bound_weight > 0),
         )
-        free: dict[str, Any] = {"temperature": 1.0, "start": "shared"}
         named = {field.name for field in dataclasses.fields(self.shape)}  # type: ignore[arg-type]
-        shape = replace(self.shape, **{name: value for name, value in free.items() if name in named})  # type: ignore[type-var]
+        free: dict[str, Any] = {"temperature": 1.0, "start": "shared"}
         if "projector" in named:
-            shape = replace(shape, projector=_DROPOUT.sub("", shape.projector))  # type: ignore[attr-defined]
+            free["projector"] = _DROPOUT.sub("", self.shape.projector)  # type: ignore[attr-defined]
+        values = {name: value for name, value in free.items() if name in named}
+        shape: Head = replace(self.shape, **values)  # type: ignore[type-var]
         return shape, config
 
 

@@ -144,7 +144,8 @@ class Projector:
         """Return the factors of dropout for each hidden layer, drawn at once."""
         if noise is None or self.hidden < 1 or not noise.drops(self.dropout):
             return None
-        return noise.keep(self.hidden * self.p, self.dropout, x.dtype, copies=self.copies).split(self.p, dim=-1)
+        factors = noise.keep(self.hidden * self.p, self.dropout, x.dtype, copies=self.copies)
+        return torch.split(factors, self.p, dim=-1)
 
     def _linear(self, parameters: Mapping[str, torch.Tensor], layer: int, x: torch.Tensor) -> torch.Tensor:
         weight, bias = parameters[f"{layer}.weight"], parameters.get(f"{layer}.bias")
