@@ -7,7 +7,7 @@ import importlib.metadata
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -37,21 +37,19 @@ def invoke(app: typer.Typer) -> Invoke:
     return invoke
 
 
-def _heed_ctrl_c() -> None:
-    """Undo what a shell does to jobs in the background: they are started deaf to SIGINT."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @pytest.fixture
-def start() -> Callable[..., subprocess.Popen[str]]:
-    """Return a function that starts the installed command in a process of its own."""
+def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Give a function that starts the installed command in a process of its own, which heeds Ctrl-C.
+
+    A shell starts jobs in the background deaf to SIGINT, and their children would be so too.
+    """
     if not EXECUTABLE.is_file():
         pytest.skip(f"needs {EXECUTABLE}: pip install -e .")
 
     def start(*arguments: object) -> subprocess.Popen[str]:
         command = [str(EXECUTABLE), *map(str, arguments)]
-        return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=_heed_ctrl_c
-        )
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    return start
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield start
+    signal.signal(signal.SIGINT, before)
