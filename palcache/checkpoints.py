@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final, final
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from palcache.errors import CacheError, InputError
-from palcache.files import write_with
-from palcache.fingerprints import canonical_json
-from palcache.heads import AnyHead, Head, PalB, Parameters, head_from_dict, head_to_dict
+from palcache.heads import AnyHead, BradleyTerry, Head, LowRank, PalA, PalB, Parameters, head_from_dict, head_to_dict
+from palcache.tensor_files import pack_texts, read_tensors, require_format, unpack_texts, write_tensors
 
 FORMAT: Final = "palcache-head"
 VERSION: Final = 1
-METADATA: Final = "palcache"
-"""The one entry of the file's metadata, a JSON text: safetensors writes several entries in random order."""
 
 
 @final
@@ -59,11 +52,17 @@ class TrainedHead:
         return replace(self, parameters=moved)
 
     def with_adapted(self, users: Sequence[str], logits: torch.Tensor) -> TrainedHead:
-        """Return the head with more users, whose weights are (u, k); no other parameter changes."""
-        if not isinstance(self.shape, PalB):
-            raise InputError(f"Users can be added to PAL-B alone, and this head is a {type(self.shape).__name__}.")
-        own = self.parameters["user.logits"]
-        parameters = {**self.parameters, "user.logits": torch.cat([own, logits.to(own)])}
+        """Return the head with more users, whose weights are (u, k); no other parameter changes.
+
+        Raises:
+            InputError: its users are not weights over prototypes.
+        """
+        if not isinstance(self.shape, PalA | PalB | LowRank | BradleyTerry):
+            raise InputError(f"A {type(self.shape).__name__} head has no mixtures, so that no user can be added to it.")
+        parameters = dict(self.parameters)
+        if "user.logits" in parameters:  # one reward for all has no weights
+            own = parameters["user.logits"]
+            parameters["user.logits"] = torch.cat([own, logits.to(own)])
         everyone = (*self.users, *users)
         shape = replace(self.shape, users=len(everyone))
         return TrainedHead(shape, parameters, everyone, self.about, len(self.users) if self.seen is None else self.seen)
@@ -115,7 +114,6 @@ class FitState:
 
 def save_head(path: Path, head: TrainedHead) -> None:
     """Replace the file at `path` by a head; the same head gives the same bytes."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in head.parameters.items()}
     texts, offsets = pack_texts(head.users)
     described = {
         "format": FORMAT,
@@ -123,9 +121,7 @@ def save_head(path: Path, head: TrainedHead) -> None:
         "shape": head_to_dict(head.shape),
         "about": head.about,
     }
-    metadata = {METADATA: canonical_json(described).decode()}
-    tensors |= {"user.id.bytes": texts, "user.id.offsets": offsets}
-    write_with(path, lambda temporary: save_file(tensors, temporary, metadata))
+    write_tensors(path, {**head.parameters, "user.id.bytes": texts, "user.id.offsets": offsets}, described)
 
 
 def load_head(path: Path) -> TrainedHead:
@@ -134,17 +130,9 @@ def load_head(path: Path) -> TrainedHead:
     Raises:
         CacheError: the file is missing, damaged, or of another format or version.
     """
+    described, tensors = read_tensors(path, "a head", "train it again with palcache train-head")
+    require_format(path, described, FORMAT, VERSION)
     try:
-        metadata, tensors = _read(path)
-    except (OSError, SafetensorError) as error:
-        raise CacheError(
-            f"{path} cannot be read as a head ({error}); train it again with palcache train-head."
-        ) from error
-    try:
-        described = json.loads(metadata.get(METADATA, "{}"))
-        found = (described.get("format"), described.get("version"))
-        if found != (FORMAT, VERSION):
-            raise CacheError(f"{path} is of format {found[0]} version {found[1]}; expected {FORMAT} {VERSION}.")
         shape, about = _shape_of(path, described["shape"]), described["about"]
         users = unpack_texts(tensors.pop("user.id.bytes"), tensors.pop("user.id.offsets"))
         _require_fit(shape, tensors, users)
@@ -163,47 +151,28 @@ def _shape_of(path: Path, values: Mapping[str, Any]) -> AnyHead:
         raise CacheError(f"{path}: {error}") from error
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """Return a safetensors file's metadata and tensors."""
-    with safe_open(path, framework="pt") as file:
-        return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-
 def _require_fit(shape: Head, parameters: Parameters, users: Sequence[str]) -> None:
     expected = {name: value.shape for name, value in shape.initial(torch.Generator()).items()}
     if {name: value.shape for name, value in parameters.items()} != expected or len(users) != shape.users:
         raise ValueError("parameters, users and shape do not fit each other")
 
 
-def pack_texts(texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return strings as UTF-8 bytes and offsets, (m + 1,): any string is a user id, dots and all."""
-    encoded = [text.encode() for text in texts]
-    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-    return torch.from_numpy(np.frombuffer(b"".join(encoded), np.uint8).copy()), torch.from_numpy(offsets)
-
-
-def unpack_texts(data: torch.Tensor, offsets: torch.Tensor) -> tuple[str, ...]:
-    """Return the strings that `pack_texts` packed."""
-    content, at = data.numpy().tobytes(), offsets.tolist()
-    return tuple(content[start:end].decode() for start, end in zip(at[:-1], at[1:], strict=True))
-
-
 def write_state(path: Path, state: FitState) -> None:
     """Replace the file at `path` by a state of the training."""
-    tensors = {f"now/{name}": value.cpu() for name, value in state.parameters.items()}
-    tensors |= {f"best/{name}": value.cpu() for name, value in state.best.items()}
-    tensors |= {f"moment/{name}": value.cpu() for name, value in state.moments.items()}
+    tensors = {f"now/{name}": value for name, value in state.parameters.items()}
+    tensors |= {f"best/{name}": value for name, value in state.best.items()}
+    tensors |= {f"moment/{name}": value for name, value in state.moments.items()}
     rows = [[getattr(row, field.name) for field in fields(HistoryRow)] for row in state.history]
     tensors["history"] = torch.tensor(rows, dtype=torch.float64)
     tensors["step"] = torch.tensor(state.step)
-    write_with(path, lambda temporary: save_file(tensors, temporary))
+    write_tensors(path, tensors)
 
 
 def read_state(path: Path) -> FitState | None:
     """Return the state to go on from; None where it cannot be read, so that training starts anew."""
     try:
-        _, tensors = _read(path)
-    except (OSError, SafetensorError):
+        _, tensors = read_tensors(path, "a state", "start anew")
+    except CacheError:
         return None
     if "step" not in tensors or "history" not in tensors:
         return None

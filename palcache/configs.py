@@ -362,6 +362,12 @@ class FitConfig(Config):
             value = getattr(self, name)
             require(0 <= value < float("inf"), f"Got {name} = {value}; expected a finite number of at least 0.")
 
+        require(
+            self.prompt_alignment == "pooled" or self.token_weighting is not None,
+            f"Got the prompt alignment {self.prompt_alignment} without a token weighting; it belongs to token losses: add "
+            "--token-weighting.",
+        )
+
     def total_epochs(self, comparisons: int) -> int:
         """Return the number of epochs for a number of training comparisons."""
         if self.epochs is not None:

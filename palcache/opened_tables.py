@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
@@ -14,11 +15,13 @@ from palcache.cache import Cache
 from palcache.checkpoints import TrainedHead
 from palcache.comparison_files import StoredComparisons
 from palcache.comparisons import Comparisons
+from palcache.configs import FitConfig
 from palcache.errors import InputError, MismatchError
 from palcache.files import read_json
 from palcache.reductions import ReducedComparisons, float64_device, reduce_comparisons
+from palcache.run_data import load_vectors, served
 from palcache.tables import read_comparisons
-from palcache.tensors import PreferenceData, load_preferences
+from palcache.tensors import PreferenceData
 from palcache.user_files import SEEN, load_users
 
 
@@ -73,7 +76,7 @@ def open_table(
             f"The run {path} was imported, not trained, and does not say what its users are like; train a head with palcache "
             "train-head."
         )
-    spaces = (config["spaces"]["prompt"], config["spaces"]["response"])
+    spaces: dict[str, str] = config["spaces"]
     file = Path(comparisons)
     if comparisons in cache.comparison_names:
         stored, source = cache.comparisons(comparisons), "TABLE"
@@ -85,18 +88,35 @@ def open_table(
             f"There is no table {comparisons} in {cache.path} (it has {', '.join(cache.comparison_names) or 'none'}) and no "
             "such file; name one of them with --comparisons."
         )
-    missing = total = 0
-    for space, keys in zip(spaces, (stored.prompt_keys, stored.response_keys), strict=True):
-        known = cache.space(space).find(keys) >= 0 if space in cache.space_ids else np.zeros(len(keys), bool)
-        missing, total = missing + int((~known).sum()), total + len(keys)
+    missing, total = _missing(cache, stored, spaces)
     if missing:
+        joint = " --items joint" if "joint" in spaces else ""
         raise MismatchError(
-            f"{missing} of {total} texts of {stored.name} have no vector by {config['encoder'].get('model')} in "
-            f"{cache.path}; add them with palcache embed {source} --cache {cache.path} "
-            f"--model {config['encoder'].get('model')}."
+            f"{missing} of {total} {'prompts with their responses' if joint else 'texts'} of {stored.name} have no vector by "
+            f"{config['encoder'].get('model')} in {cache.path}; add them with palcache embed {source} --cache {cache.path} "
+            f"--model {config['encoder'].get('model')}{joint}."
         )
-    data = load_preferences(cache, replace(stored, spaces=(spaces,)), device=device)
+    data = _load(cache, stored, config, device)
     return OpenedTable(stored.name, stored.comparisons, data, head.to(data.device))
+
+
+def _load(cache: Cache, stored: StoredComparisons, config: Mapping[str, Any], device: str) -> PreferenceData:
+    """Return a table as a run's rewards are served on it."""
+    return served(load_vectors(cache, stored, config["spaces"], device, FitConfig.from_mapping(config["fit"])))
+
+
+def _missing(cache: Cache, stored: StoredComparisons, spaces: Mapping[str, str]) -> tuple[int, int]:
+    """Return how many texts of a table have no vector in a run's spaces, and how many it has."""
+    keys = (
+        {"prompt": stored.prompt_keys, "response": stored.response_keys}
+        if "joint" not in spaces
+        else {"joint": stored.joint_keys}
+    )
+    found = [
+        cache.space(spaces[role]).find(wanted) >= 0 if spaces[role] in cache.space_ids else np.zeros(len(wanted), bool)
+        for role, wanted in keys.items()
+    ]
+    return sum(int((~known).sum()) for known in found), sum(map(len, found))
 
 
 def population_of(path: Path, cache: Cache, opened: OpenedTable) -> Population:
@@ -105,7 +125,7 @@ def population_of(path: Path, cache: Cache, opened: OpenedTable) -> Population:
     table = load_users(path / SEEN, path / "head.safetensors")
     if table is not None:
         where = float64_device(opened.data.device)
-        return Population(head.mixtures.to(where).double(), table.prior.to(where))
+        return Population(head.mixtures.to(where).double(), table.prior.to(where), table.noise)
     config = read_json(path / "config.json", "a run folder (config.json)")
     name = config["table"]["name"]
     stored = cache.comparisons(name) if name in cache.comparison_names else None
@@ -114,8 +134,7 @@ def population_of(path: Path, cache: Cache, opened: OpenedTable) -> Population:
             f"The run {path} has no {SEEN}, and {cache.path} lacks its table {name}; train it again with palcache "
             "train-head, or name the cache that it was trained on."
         )
-    spaces = (config["spaces"]["prompt"], config["spaces"]["response"])
-    data = load_preferences(cache, replace(stored, spaces=(spaces,)), device=str(opened.data.device))
+    data = _load(cache, stored, config, str(opened.data.device))
     column = stored.comparisons.split
     of_head = set(head.users)
     known = np.array([user in of_head for user in data.users], bool)[stored.comparisons.users.codes]

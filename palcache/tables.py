@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from palcache.errors import InputError
 
 _BATCH_ROWS = 65_536
 _CSV_BLOCK = 16 << 20
+_GIVEN = {"user_id": "-", "y": "1"}
+"""What stands in the columns of questions that nobody has answered."""
 """Bytes; pyarrow refuses a row that is longer than a block, and its own 1 MiB is not enough for every text."""
 
 
@@ -82,24 +84,26 @@ def _read_one(path: Path, renames: Mapping[str, str], ties: Ties, seed: int, *, 
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise InputError(f"The table {path} ends in {path.suffix!r}; expected .jsonl, .csv, .tsv or .parquet.")
+    given = _GIVEN if unlabelled else {}
     try:
-        table, numbers = reader(path, renames)
+        table, numbers = reader(path, renames, given)
     except (pa.ArrowException, OSError) as error:
         kind = path.suffix[1:].lower()
         raise InputError(f"The table {path} cannot be read as {kind} ({error}); check that it is whole.") from error
     if not len(table):
         raise InputError(f"The table {path} has no rows; give at least one comparison.")
-    if unlabelled:
-        for name, value in (("user_id", "-"), ("y", "1")):
-            column = pa.array([value] * len(table), pa.large_string())
-            at = table.schema.get_field_index(name)
-            table = table.append_column(name, column) if at < 0 else table.set_column(at, name, column)
+    for name, value in given.items():
+        column = pa.array([value] * len(table), pa.large_string())
+        at = table.schema.get_field_index(name)
+        table = table.append_column(name, column) if at < 0 else table.set_column(at, name, column)
     place = Place(str(path), "row" if numbers is None else "line", numbers)
     return normalise(table, place, ties=ties, seed=seed)
 
 
-def _choose(names: Sequence[str], renames: Mapping[str, str], path: Path) -> dict[str, str]:
+def _choose(names: Sequence[str], renames: Mapping[str, str], path: Path, given: Iterable[str]) -> dict[str, str]:
     """Return the file's name -> palcache's name of the columns to read; a mapped column wins over one of the same name.
+
+    Those in `given` may be missing.
 
     Raises:
         InputError: a column is missing or stands twice; the message lists the columns that the file has.
@@ -113,13 +117,13 @@ def _choose(names: Sequence[str], renames: Mapping[str, str], path: Path) -> dic
     twice = [name for name in chosen if list(names).count(name) > 1]
     if twice:
         raise InputError(f"{path} has several columns named {', '.join(twice)}; keep one of each.")
-    form_of(list(chosen.values()), str(path), has=names)
+    form_of([*chosen.values(), *given], str(path), has=names)
     return chosen
 
 
-def _read_parquet(path: Path, renames: Mapping[str, str]) -> tuple[pa.Table, None]:
+def _read_parquet(path: Path, renames: Mapping[str, str], given: Iterable[str]) -> tuple[pa.Table, None]:
     with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
-        chosen = _choose(file.schema_arrow.names, renames, path)
+        chosen = _choose(file.schema_arrow.names, renames, path, given)
         table = file.read(columns=list(chosen))
     for i, field in enumerate(table.schema):
         if pa.types.is_dictionary(field.type):
@@ -127,11 +131,11 @@ def _read_parquet(path: Path, renames: Mapping[str, str]) -> tuple[pa.Table, Non
     return table.select(list(chosen)).rename_columns(list(chosen.values())), None
 
 
-def _read_csv(path: Path, renames: Mapping[str, str]) -> tuple[pa.Table, None]:
+def _read_csv(path: Path, renames: Mapping[str, str], given: Iterable[str]) -> tuple[pa.Table, None]:
     parse = pyarrow.csv.ParseOptions(newlines_in_values=True, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
     read = pyarrow.csv.ReadOptions(block_size=_CSV_BLOCK)
     with pyarrow.csv.open_csv(path, read_options=read, parse_options=parse) as file:
-        chosen = _choose(file.schema.names, renames, path)
+        chosen = _choose(file.schema.names, renames, path, given)
     convert = pyarrow.csv.ConvertOptions(
         include_columns=list(chosen),
         column_types=dict.fromkeys(chosen, pa.large_string()),
@@ -141,7 +145,7 @@ def _read_csv(path: Path, renames: Mapping[str, str]) -> tuple[pa.Table, None]:
     return table.rename_columns(list(chosen.values())), None
 
 
-def _read_jsonl(path: Path, renames: Mapping[str, str]) -> tuple[pa.Table, list[int]]:
+def _read_jsonl(path: Path, renames: Mapping[str, str], given: Iterable[str]) -> tuple[pa.Table, list[int]]:
     wanted = sorted({*COLUMNS, *renames})
     numbers: list[int] = []
     seen: dict[str, None] = {}
@@ -159,7 +163,7 @@ def _read_jsonl(path: Path, renames: Mapping[str, str]) -> tuple[pa.Table, list[
         tables.append(pa.table(columns))
     if not tables:
         return pa.table({}), numbers
-    chosen = _choose(list(seen), renames, path)
+    chosen = _choose(list(seen), renames, path, given)
     return pa.concat_tables(tables).select(list(chosen)).rename_columns(list(chosen.values())), numbers
 
 

@@ -11,17 +11,14 @@ from pathlib import Path
 from typing import Final, final
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from palcache.checkpoints import pack_texts, unpack_texts
-from palcache.errors import CacheError, MismatchError
-from palcache.files import write_with
+from palcache.errors import MismatchError
 from palcache.fingerprints import file_digest
 from palcache.posteriors import Gaussian, Posteriors
+from palcache.tensor_files import pack_texts, read_tensors, require_format, unpack_texts, write_tensors
 
 FORMAT: Final = "palcache-users"
-VERSION: Final = "1"
+VERSION: Final = 1
 SEEN: Final = "users.safetensors"
 ADAPTED: Final = "adapted_users.safetensors"
 
@@ -37,6 +34,7 @@ class UserTable:
         counts: comparisons that this rests on, (u,) int64.
         prior: of a new user.
         deviation: posterior standard deviation of each weight, (u, k), by `palcache.regions`; None: by the posteriors.
+        noise: what the head's margins are divided by in the posteriors' likelihood.
     """
 
     users: tuple[str, ...]
@@ -44,6 +42,7 @@ class UserTable:
     counts: torch.Tensor
     prior: Gaussian
     deviation: torch.Tensor | None = None
+    noise: float = 1.0
 
     def updated(self, other: UserTable) -> UserTable:
         """Return these users and those of another table of the same head; the other one wins."""
@@ -58,7 +57,8 @@ class UserTable:
         users = (*(self.users[i] for i in kept.tolist()), *other.users)
         both = self.deviation is not None and other.deviation is not None
         deviation = torch.cat([self.deviation[kept], other.deviation]) if both else None  # type: ignore[index,list-item]
-        return UserTable(users, posteriors, torch.cat([self.counts[kept], other.counts]), other.prior, deviation)
+        counts = torch.cat([self.counts[kept], other.counts])
+        return UserTable(users, posteriors, counts, other.prior, deviation, other.noise)
 
 
 def save_users(path: Path, table: UserTable, head_path: Path) -> None:
@@ -75,14 +75,14 @@ def save_users(path: Path, table: UserTable, head_path: Path) -> None:
     }
     if table.deviation is not None:
         tensors["deviation"] = table.deviation
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    metadata = {
+    about = {
         "format": FORMAT,
         "version": VERSION,
         "head": file_digest(head_path),
-        "temperature": repr(table.posteriors.temperature),
+        "temperature": table.posteriors.temperature,
+        "noise": table.noise,
     }
-    write_with(path, lambda temporary: save_file(tensors, temporary, metadata))
+    write_tensors(path, tensors, about)
 
 
 def load_users(path: Path, head_path: Path) -> UserTable | None:
@@ -94,22 +94,15 @@ def load_users(path: Path, head_path: Path) -> UserTable | None:
     """
     if not path.is_file():
         return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError) as error:
-        raise CacheError(f"{path} cannot be read as users of a head ({error}); delete it and make it again.") from error
-    if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
-        raise CacheError(
-            f"{path} is of format {metadata.get('format')} version {metadata.get('version')}; expected {FORMAT} {VERSION}."
-        )
-    if metadata["head"] != file_digest(head_path):
+    about, tensors = read_tensors(path, "users of a head", "delete it and make it again")
+    require_format(path, about, FORMAT, VERSION)
+    if about["head"] != file_digest(head_path):
         raise MismatchError(
             f"The users in {path} belong to another head than {head_path}; delete the file, and adapt them again with "
             "palcache adapt --save-users."
         )
     users = unpack_texts(tensors["user.id.bytes"], tensors["user.id.offsets"])
-    posteriors = Posteriors(tensors["mean"], tensors["covariance"], float(metadata["temperature"]))
+    posteriors = Posteriors(tensors["mean"], tensors["covariance"], float(about["temperature"]))
     prior = Gaussian(tensors["prior.mean"], tensors["prior.covariance"])
-    return UserTable(users, posteriors, tensors["counts"], prior, tensors.get("deviation"))
+    noise = float(about.get("noise", 1.0))
+    return UserTable(users, posteriors, tensors["counts"], prior, tensors.get("deviation"), noise)

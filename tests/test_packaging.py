@@ -26,6 +26,15 @@ def modules_in(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*.py") if "__pycache__" not in path.parts}
 
 
+def data_files() -> set[Path]:
+    """Return the files of the package that are no modules."""
+    return {
+        path
+        for path in (ROOT / "palcache").rglob("*")
+        if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts
+    }
+
+
 def test_the_packages_listed_are_the_folders_on_disk() -> None:
     folders = {path.parent for top in ("palcache", "cli") for path in (ROOT / top).rglob("*.py")}
     names = {".".join(folder.relative_to(ROOT).parts).replace("cli", "palcache_cli", 1) for folder in folders}
@@ -39,8 +48,15 @@ def test_every_package_has_an_init_with_a_docstring(name: str) -> None:
     assert (folder / "__init__.py").read_text(encoding="utf-8").startswith('"""')
 
 
-def test_the_types_are_installed() -> None:
-    assert SETUPTOOLS["package-data"] == {"palcache": ["py.typed"]}
+def test_every_file_of_the_package_is_installed() -> None:
+    """Types, and what the package reads of itself: nothing else lies there."""
+    listed = {
+        path
+        for package, patterns in SETUPTOOLS["package-data"].items()
+        for pattern in patterns
+        for path in (ROOT / package.replace(".", "/")).glob(pattern)
+    }
+    assert data_files() == listed
     assert (ROOT / "palcache" / "py.typed").is_file()
 
 
@@ -92,7 +108,8 @@ def test_the_wheel_holds_every_module_and_nothing_else(built: Path) -> None:
     with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
         licences = [name for name in wheel.namelist() if name.endswith("LICENSE")]
-    expected = {f"palcache/{name}" for name in modules_in(ROOT / "palcache")} | {"palcache/py.typed"}
+    expected = {f"palcache/{name}" for name in modules_in(ROOT / "palcache")}
+    expected |= {path.relative_to(ROOT).as_posix() for path in data_files()}
     expected |= {f"palcache_cli/{name}" for name in modules_in(ROOT / "cli")}
     assert names == expected
     assert licences

@@ -70,6 +70,10 @@ def load_hidden_states(config: EmbedConfig) -> HiddenStateEncoder:
                 first = str(error).strip().splitlines()[0][:200]
                 raise InputError(f"The model {config.model} cannot use --attn {config.attn} ({first}).") from error
             raise ModelError(why_not(config.model, place, error)) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ModelError(
+            f"The model {config.model} has no tokenizer; copy the files of its tokenizer (tokenizer.json, ...) into the folder."
+        )
     if missing := sorted(name for name in info["missing_keys"] if not name.startswith(_POOLER)):
         raise ModelError(
             f"The checkpoint of {config.model} lacks {len(missing)} weights ({missing[0]}, ...), which would be random; "
