@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -110,11 +110,10 @@ def _questions(users: int, generator: torch.Generator, device: str) -> Preferenc
 def _answers(reduced: ReducedComparisons, generator: torch.Generator) -> ReducedComparisons:
     """Return the comparisons with answers drawn under mixtures of their own for every user."""
     logits = 1.5 * torch.randn(len(reduced.users), K, generator=generator, dtype=torch.float64)
-    chance = torch.sigmoid(reduced.margins(torch.softmax(logits, dim=1).to(reduced.b)))
-    uniform = torch.rand(len(reduced), generator=generator, dtype=torch.float64).to(reduced.b)
+    chance = torch.sigmoid(reduced.margins(torch.softmax(logits, dim=1).to(reduced.products)))
+    uniform = torch.rand(len(reduced), generator=generator, dtype=torch.float64).to(reduced.products)
     answers = torch.where(uniform < chance, 1.0, -1.0).double()
-    names = ("b", "grams", "prompt", "user", "users", "temperature")
-    return ReducedComparisons(y=answers, **{name: getattr(reduced, name) for name in names})
+    return replace(reduced, y=answers)
 
 
 def _finish(device: str) -> None:

@@ -20,18 +20,11 @@ from palcache.checkpoints import TrainedHead
 from palcache.errors import InputError
 from palcache.fingerprints import text_keys
 from palcache.heads.mixtures import softmax_mixtures
-from palcache.posteriors import (
-    Gaussian,
-    Posteriors,
-    contrasts,
-    coordinates,
-    margins_and_slopes,
-    maximum_a_posteriori,
-    padded,
-    posteriors_at,
-)
-from palcache.priors import fit_prior
-from palcache.reductions import MIN_NORM, ReducedComparisons, reduce_comparisons
+from palcache.losses import pairwise_loss
+from palcache.padded_users import PaddedUsers, contrasts, coordinates, padded, row_cells
+from palcache.posteriors import Gaussian, Posteriors, maximum_a_posteriori, posteriors_at
+from palcache.priors import fit_noise, fit_prior
+from palcache.reductions import ReducedComparisons, reduce_comparisons
 from palcache.tensors import PreferenceData
 
 MethodName = Literal["map", "published", "likelihood", "generic"]
@@ -48,10 +41,12 @@ class Population:
     Attributes:
         mixtures: of the seen users, (u, k).
         prior: of a new user.
+        noise: what the head's margins are divided by, so that an answer has the probability sigmoid(margin).
     """
 
     mixtures: torch.Tensor
     prior: Gaussian
+    noise: float = 1.0
 
     @property
     def generic(self) -> torch.Tensor:
@@ -82,14 +77,12 @@ def describe_population(
         train: its training comparisons, users numbered as the head's.
         val: comparisons of the same users that it was not trained on.
     """
-    answers = reduce_comparisons(head, train)
-    prior = fit_prior(reduce_comparisons(head, val))
-    z = coordinates(head.parameters["user.logits"].to(answers.b.device))
-    return (
-        Population(head.mixtures.to(answers.b.device).double(), prior),
-        posteriors_at(answers, prior, z),
-        answers.counts,
-    )
+    answers, held_out = reduce_comparisons(head, train), reduce_comparisons(head, val)
+    mixtures = head.mixtures.to(answers.device).double()
+    noise = fit_noise(held_out, mixtures)
+    prior = fit_prior(held_out.calibrated(noise))
+    z = coordinates(head.parameters["user.logits"].to(answers.device))
+    return Population(mixtures, prior, noise), posteriors_at(answers.calibrated(noise), prior, z), answers.counts
 
 
 def adapt_users(
@@ -120,12 +113,12 @@ def refuse_one_prototype(k: int) -> None:
 def posteriors_of(support: ReducedComparisons, population: Population, mixtures: torch.Tensor) -> Posteriors:
     """Return the posteriors around given mixtures, (u, k): the uncertainty of what any method found."""
     logits = mixtures.clamp_min(SMALLEST).log() * support.temperature
-    return posteriors_at(support, population.prior, coordinates(logits))
+    return posteriors_at(support.calibrated(population.noise), population.prior, coordinates(logits))
 
 
 def _map(support: ReducedComparisons, population: Population, *, seed: int = 0) -> torch.Tensor:  # noqa: ARG001
     """Maximum a posteriori under the population's prior."""
-    return maximum_a_posteriori(support, population.prior).mixtures
+    return maximum_a_posteriori(support.calibrated(population.noise), population.prior).mixtures
 
 
 def _generic(support: ReducedComparisons, population: Population, *, seed: int = 0) -> torch.Tensor:  # noqa: ARG001
@@ -135,20 +128,14 @@ def _generic(support: ReducedComparisons, population: Population, *, seed: int =
 
 def _likelihood(support: ReducedComparisons, population: Population, *, seed: int = 0) -> torch.Tensor:  # noqa: ARG001
     """The seen users' mixtures, averaged by the probability of the support under each: sum_s p(s | support) w_s."""
-    seen, k = population.mixtures, support.k
-    total = torch.zeros(len(support.users), len(seen), dtype=support.b.dtype, device=support.b.device)
-    for rows in torch.split(torch.arange(len(support), device=support.b.device), max(1, _CELLS // (len(seen) * k))):
-        margins = _by_mixture(support.b[rows], support.grams[support.prompt[rows]], seen)
-        target = ((support.y[rows] + 1) / 2).unsqueeze(1)
-        total.index_add_(0, support.user[rows], margins * target - F.softplus(margins))
+    seen, support = population.mixtures, support.calibrated(population.noise)
+    size = max(1, _CELLS // (len(seen) * 2 + row_cells(support)))
+    total = support.products.new_zeros(len(support.users), len(seen))
+    for rows in torch.split(torch.arange(len(support), device=support.device), size):
+        part = support.take(rows)
+        margins = part.margins_at(seen)
+        total.index_add_(0, part.user, margins * ((part.y + 1) / 2).unsqueeze(1) - F.softplus(margins))
     return torch.softmax(total, dim=1) @ seen
-
-
-def _by_mixture(b: torch.Tensor, grams: torch.Tensor, mixtures: torch.Tensor) -> torch.Tensor:
-    """Return margins of each comparison under each mixture: (n, k), (n, k, k), (m, k) -> (n, m)."""
-    outer = mixtures.unsqueeze(2) * mixtures.unsqueeze(1)
-    square = grams.flatten(1) @ outer.flatten(1).T
-    return (b @ mixtures.T) / square.clamp_min(MIN_NORM**2).sqrt()
 
 
 @final
@@ -168,8 +155,8 @@ class Published:
 
     def __call__(self, support: ReducedComparisons, population: Population, *, seed: int = 0) -> torch.Tensor:  # noqa: ARG002
         """Return the mixtures after training; all users are stepped at once, each by its own comparisons."""
-        weights = _normal_draws(support.users, support.k, seed).to(support.b)
-        cells = _CELLS // support.k**2
+        weights = _normal_draws(support.users, support.k, seed).to(support.products)
+        cells = _CELLS // row_cells(support)
         for users, rows in padded(support.user, support.counts, cells=cells):
             weights[users] = self._train(support, rows, weights[users], seed)
         return softmax_mixtures(weights, support.temperature)
@@ -193,13 +180,14 @@ class Published:
 
 
 def _gradient(support: ReducedComparisons, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Return the gradient of each user's mean cross-entropy over rows, (c, s) padded by -1, in its weights, (c, k)."""
-    kept = rows.clamp_min(0)
-    basis = contrasts(support.k).to(weights)
-    grams = support.grams[support.prompt[kept]]
-    margins, slopes = margins_and_slopes(support.b[kept], grams, (weights @ basis).unsqueeze(1), support.temperature)
-    residual = (torch.sigmoid(margins) - (support.y[kept] + 1) / 2) * (rows >= 0)
-    mean = (residual.unsqueeze(-1) * slopes).sum(1) / (rows >= 0).sum(1, keepdim=True).clamp_min(1)
+    """Return the gradient of each user's mean loss over rows, (c, s) padded by -1, in its weights, (c, k)."""
+    users, basis = PaddedUsers.gather(support, rows), contrasts(support.k).to(weights)
+    local = users.around(weights @ basis)
+    with torch.enable_grad():
+        margins = local.margins.requires_grad_()
+        losses = pairwise_loss(support.loss, margins, users.y) * users.inside
+        (pull,) = torch.autograd.grad(losses.sum(), margins)
+    mean = (pull.unsqueeze(1) @ local.slopes).squeeze(1) / users.inside.sum(1, keepdim=True).clamp_min(1)
     return mean @ basis.T
 
 

@@ -190,18 +190,19 @@ def _keep(
     column = opened.comparisons.split
     if column is not None and set(ROLES) & set(column.values.to_pylist()):
         support, _ = divide(opened.comparisons, seed=seed)
-        reduced = reduced.take(torch.from_numpy(np.flatnonzero(support)).to(reduced.b.device))
+        reduced = reduced.take(torch.from_numpy(np.flatnonzero(support)).to(reduced.device))
+    calibrated = reduced.calibrated(population.noise)
     if method == "map":
-        posteriors = maximum_a_posteriori(reduced, population.prior)
+        posteriors = maximum_a_posteriori(calibrated, population.prior)
     else:
         posteriors = posteriors_of(reduced, population, adapt_users(reduced, population, method, seed=seed))
     rows = torch.nonzero(reduced.counts)[:, 0]
     users = tuple(reduced.users[i] for i in rows.tolist())
     found = posteriors.take(rows)
-    deviation = credible_regions(reduced, population.prior, posteriors).deviation[rows].cpu()
+    deviation = credible_regions(calibrated, population.prior, posteriors).deviation[rows].cpu()
     cpu = Posteriors(found.mean.cpu(), found.covariance.cpu(), found.temperature)
     prior = population.prior.to(torch.device("cpu"))
-    table = UserTable(users, cpu, reduced.counts[rows].cpu(), prior, deviation)
+    table = UserTable(users, cpu, reduced.counts[rows].cpu(), prior, deviation, population.noise)
     before = load_users(path / ADAPTED, path / "head.safetensors")
     save_users(path / ADAPTED, before.updated(table) if before else table, path / "head.safetensors")
     return len(users)

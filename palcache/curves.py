@@ -194,7 +194,7 @@ class _Protocol:
         random = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, draw])))
         keys = np.where(self.support, random.random(len(self.support)), 2.0)  # the support stands first
         chosen = self.support & (_rank(self.user, keys) < shots) & enough[self.user]
-        device = self.reduced.b.device
+        device = self.reduced.device
         support = self.reduced.take(torch.from_numpy(np.flatnonzero(chosen)).to(device))
         mixtures = adapt_users(support, self.population, method, seed=self.seed + draw)
         query = self.reduced.take(torch.from_numpy(rows).to(device))

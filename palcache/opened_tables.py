@@ -76,7 +76,7 @@ def open_table(
             f"The run {path} was imported, not trained, and does not say what its users are like; train a head with palcache "
             "train-head."
         )
-    spaces = (config["spaces"]["prompt"], config["spaces"]["response"])
+    spaces: dict[str, str] = config["spaces"]
     file = Path(comparisons)
     if comparisons in cache.comparison_names:
         stored, source = cache.comparisons(comparisons), "TABLE"
@@ -88,15 +88,13 @@ def open_table(
             f"There is no table {comparisons} in {cache.path} (it has {', '.join(cache.comparison_names) or 'none'}) and no "
             "such file; name one of them with --comparisons."
         )
-    missing = total = 0
-    for space, keys in zip(spaces, (stored.prompt_keys, stored.response_keys), strict=True):
-        known = cache.space(space).find(keys) >= 0 if space in cache.space_ids else np.zeros(len(keys), bool)
-        missing, total = missing + int((~known).sum()), total + len(keys)
+    missing, total = _missing(cache, stored, spaces)
     if missing:
+        joint = " --items joint" if "joint" in spaces else ""
         raise MismatchError(
-            f"{missing} of {total} texts of {stored.name} have no vector by {config['encoder'].get('model')} in "
-            f"{cache.path}; add them with palcache embed {source} --cache {cache.path} "
-            f"--model {config['encoder'].get('model')}."
+            f"{missing} of {total} {'prompts with their responses' if joint else 'texts'} of {stored.name} have no vector by "
+            f"{config['encoder'].get('model')} in {cache.path}; add them with palcache embed {source} --cache {cache.path} "
+            f"--model {config['encoder'].get('model')}{joint}."
         )
     data = _load(cache, stored, config, device)
     return OpenedTable(stored.name, stored.comparisons, data, head.to(data.device))
@@ -107,13 +105,27 @@ def _load(cache: Cache, stored: StoredComparisons, config: Mapping[str, Any], de
     return served(load_vectors(cache, stored, config["spaces"], device, FitConfig.from_mapping(config["fit"])))
 
 
+def _missing(cache: Cache, stored: StoredComparisons, spaces: Mapping[str, str]) -> tuple[int, int]:
+    """Return how many texts of a table have no vector in a run's spaces, and how many it has."""
+    keys = (
+        {"prompt": stored.prompt_keys, "response": stored.response_keys}
+        if "joint" not in spaces
+        else {"joint": stored.joint_keys}
+    )
+    found = [
+        cache.space(spaces[role]).find(wanted) >= 0 if spaces[role] in cache.space_ids else np.zeros(len(wanted), bool)
+        for role, wanted in keys.items()
+    ]
+    return sum(int((~known).sum()) for known in found), sum(map(len, found))
+
+
 def population_of(path: Path, cache: Cache, opened: OpenedTable) -> Population:
     """Return the run's population: from its file, or from its table where the run is older than that file."""
     head = opened.head
     table = load_users(path / SEEN, path / "head.safetensors")
     if table is not None:
         where = float64_device(opened.data.device)
-        return Population(head.mixtures.to(where).double(), table.prior.to(where))
+        return Population(head.mixtures.to(where).double(), table.prior.to(where), table.noise)
     config = read_json(path / "config.json", "a run folder (config.json)")
     name = config["table"]["name"]
     stored = cache.comparisons(name) if name in cache.comparison_names else None

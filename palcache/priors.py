@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from typing import Final
 
+import numpy as np
 import torch
 
+from palcache.metrics import fit_temperature
 from palcache.posteriors import Gaussian, maximum_a_posteriori
 from palcache.reductions import ReducedComparisons
 
@@ -24,6 +26,23 @@ MAX_USERS: Final = 2_000
 """Seen users that are enough to fit a prior; of more, the first of a seeded permutation."""
 
 
+def fit_noise(held_out: ReducedComparisons, mixtures: torch.Tensor) -> float:
+    """Return what margins must be divided by for sigmoid(margin) to be the probability of an answer.
+
+    It is the temperature that calibrates seen users' margins best, with one more answer, against a margin of the usual
+    size, so that few comparisons, all predicted right, do not make a head all too sure.
+
+    Args:
+        held_out: comparisons of seen users that the head was not trained on; without any the noise is 1.
+        mixtures: of these users, (u, k).
+    """
+    margins = held_out.margins(mixtures).cpu().numpy()
+    if not len(margins):
+        return 1.0
+    usual = float(np.sqrt(np.mean(margins**2)))
+    return fit_temperature(np.append(margins, usual), np.append(held_out.y.cpu().numpy(), -1.0))
+
+
 @torch.no_grad()
 def fit_prior(reduced: ReducedComparisons, *, seed: int = 0) -> Gaussian:
     """Return the prior under which the answers are likeliest, shrunk as if k - 1 more users had the variance `WIDTH`.
@@ -32,7 +51,7 @@ def fit_prior(reduced: ReducedComparisons, *, seed: int = 0) -> Gaussian:
         reduced: comparisons of seen users that the head was not trained on (validation); users without any say nothing.
         seed: of the choice of users where there are more than `MAX_USERS`.
     """
-    size, options = reduced.k - 1, {"dtype": torch.float64, "device": reduced.b.device}
+    size, options = reduced.k - 1, {"dtype": torch.float64, "device": reduced.device}
     start = WIDTH * torch.eye(size, **options)  # type: ignore[call-overload]
     prior = Gaussian(torch.zeros(size, **options), start)  # type: ignore[call-overload]
     reduced = _some_users(reduced, seed)

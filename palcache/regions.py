@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from typing import Final, final
 
 import torch
-import torch.nn.functional as F
 
-from palcache.heads.mixtures import softmax_mixtures
-from palcache.posteriors import CELLS, Gaussian, PaddedUsers, Posteriors, contrasts, padded
-from palcache.reductions import MIN_NORM, ReducedComparisons
+from palcache.padded_users import CELLS, mixtures_at, padded, row_cells
+from palcache.posteriors import Gaussian, Objective, Posteriors
+from palcache.reductions import ReducedComparisons
 
 SAMPLES: Final = 512
 FREEDOM: Final = 4
@@ -48,16 +47,16 @@ def credible_regions(
     """Return the regions of users whose posteriors are known; all users share the underlying draws."""
     u, k = len(posteriors), reduced.k
     base, density = _draws(k - 1, samples, seed)
-    mean, deviation = torch.empty(2, u, k, dtype=torch.float64, device=reduced.b.device)
-    limit = torch.empty(u, dtype=torch.float64, device=reduced.b.device)
+    mean, deviation = torch.empty(2, u, k, dtype=torch.float64, device=reduced.device)
+    limit = torch.empty(u, dtype=torch.float64, device=reduced.device)
     for users, chunk in _chunks(reduced, prior, samples):
         part = posteriors.take(users)
         z = part.mean.unsqueeze(1) + base.to(part.mean) @ torch.linalg.cholesky(part.covariance).transpose(1, 2)
-        loss, w = _losses(chunk, z)
+        loss, w = chunk.values(z), mixtures_at(z, reduced.temperature)
         weight = torch.softmax(-loss - density.to(loss), dim=1).unsqueeze(-1)
         mean[users] = (weight * w).sum(1)
         deviation[users] = (weight * (w - mean[users].unsqueeze(1)) ** 2).sum(1).sqrt()
-        excess, order = torch.sort(2 * (loss - _losses(chunk, part.mean.unsqueeze(1))[0]), dim=1)
+        excess, order = torch.sort(2 * (loss - chunk.values(part.mean.unsqueeze(1))), dim=1)
         mass = torch.gather(weight.squeeze(-1), 1, order).cumsum(1)
         at = (mass < LEVEL).sum(1, keepdim=True).clamp_max(samples - 1)
         limit[users] = torch.gather(excess, 1, at).squeeze(1)
@@ -69,8 +68,7 @@ def excess_at(reduced: ReducedComparisons, prior: Gaussian, posteriors: Posterio
     """Return the excess of a point per user, (u, k - 1) -> (u,): inside its region if at most the region's limit."""
     out = torch.empty(len(z), dtype=torch.float64, device=z.device)
     for users, chunk in _chunks(reduced, prior, 2):
-        both = torch.stack([z[users], posteriors.mean[users]], dim=1)
-        loss, _ = _losses(chunk, both)
+        loss = chunk.values(torch.stack([z[users], posteriors.mean[users]], dim=1))
         out[users] = 2 * (loss[:, 0] - loss[:, 1])
     return out
 
@@ -84,25 +82,13 @@ def _draws(size: int, samples: int, seed: int) -> tuple[torch.Tensor, torch.Tens
     return base, -(FREEDOM + size) / 2 * torch.log1p(base.square().sum(1) / FREEDOM)
 
 
-def _chunks(reduced: ReducedComparisons, prior: Gaussian, width: int) -> Iterator[tuple[torch.Tensor, PaddedUsers]]:
+def _chunks(reduced: ReducedComparisons, prior: Gaussian, width: int) -> Iterator[tuple[torch.Tensor, Objective]]:
     """Yield users in chunks that bound memory at `width` points per user; those without comparisons come last."""
     counts = reduced.counts
-    for users, rows in padded(reduced.user, counts, cells=CELLS // max(width, reduced.k**2)):
-        yield users, PaddedUsers.gather(reduced, rows, prior)
+    sides = reduced.products.shape[1]
+    for users, rows in padded(reduced.user, counts, cells=CELLS // max(sides * width, row_cells(reduced))):
+        yield users, Objective.of(reduced, rows, prior)
     empty = torch.nonzero(counts == 0)[:, 0]
-    if len(empty):
-        b = torch.zeros(len(empty), 0, reduced.k, dtype=torch.float64, device=empty.device)
-        grams = b.unsqueeze(-1).expand(-1, -1, -1, reduced.k)
-        precision = torch.linalg.inv(prior.covariance)
-        yield empty, PaddedUsers(b, grams, b[..., 0], prior, precision, reduced.temperature)
-
-
-def _losses(chunk: PaddedUsers, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return negative log-posteriors and mixtures of m points per user: (c, m, k - 1) -> (c, m), (c, m, k)."""
-    w = softmax_mixtures(z @ contrasts(chunk.b.shape[-1]).to(z).T, chunk.temperature)
-    outer = (w.unsqueeze(-1) * w.unsqueeze(-2)).flatten(2)
-    square = chunk.grams.flatten(2) @ outer.transpose(1, 2)
-    margins = (chunk.b @ w.transpose(1, 2)) / square.clamp_min(MIN_NORM**2).sqrt()
-    away = z - chunk.prior.mean
-    pull = ((away @ chunk.precision) * away).sum(-1) / 2
-    return (F.softplus(margins) - margins * chunk.target.unsqueeze(-1)).sum(1) + pull, w
+    for users in torch.split(empty, max(1, CELLS // (width * reduced.width))):
+        if len(users):
+            yield users, Objective.of(reduced, users.new_empty(len(users), 0), prior)

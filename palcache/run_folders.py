@@ -4,7 +4,7 @@
 RUN/
   config.json           what was trained on what: configurations, fingerprints of cache and table, versions
   head.safetensors      the head of the lowest validation loss, its users included
-  users.safetensors     its users: what is known of each, comparisons of each, and the prior of new ones (PAL-B, cosines, k > 1)
+  users.safetensors     its users: what is known of each, comparisons of each, and the prior of new ones (k > 1)
   adapted_users.safetensors  users who were added later
   user_blind.safetensors  the k = 1 yardstick, trained with the same settings
   history.csv           every evaluation
@@ -236,7 +236,8 @@ def _save_seen_users(path: Path, head: TrainedHead, splits: Mapping[str, RunSpli
     """Write what new users will need: the population's prior, and what is known of each seen user."""
     train, val = splits["train"].served, splits["val"].served
     population, posteriors, counts = describe_population(head.to(train.device), train, val)
-    save_users(path / SEEN, UserTable(head.users, posteriors, counts, population.prior), path / "head.safetensors")
+    table = UserTable(head.users, posteriors, counts, population.prior, noise=population.noise)
+    save_users(path / SEEN, table, path / "head.safetensors")
 
 
 def _title(head: TrainedHead) -> str:

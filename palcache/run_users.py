@@ -125,13 +125,16 @@ def suggest_run(  # noqa: PLR0913 - keyword-only options
     refuse_one_prototype(head.shape.k)
     opened = open_table(path, cache, pool, head, device, pool=True)
     answered = _answered(open_table(path, cache, support, head, device), user) if support is not None else None
-    prior = population_of(path, cache, opened).prior
-    known = _known(path, user, prior, head) if answered is None else maximum_a_posteriori(answered.reduce(), prior)
+    population = population_of(path, cache, opened)
+    if answered is None:
+        known = _known(path, user, population.prior, head)
+    else:
+        known = maximum_a_posteriori(answered.reduce().calibrated(population.noise), population.prior)
     rows = _unasked(opened.comparisons, answered.comparisons if answered else None)
     if not len(rows):
         raise InputError(f"Every pair of {opened.name} has been answered already; give a larger pool.")
-    reduced = opened.reduce()
-    reduced = reduced.take(torch.from_numpy(rows).to(reduced.b.device))
+    reduced = opened.reduce().calibrated(population.noise)
+    reduced = reduced.take(torch.from_numpy(rows).to(reduced.device))
     table = opened.comparisons
     prompts, responses = table.prompts.values, table.responses
     return tuple(

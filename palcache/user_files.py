@@ -34,6 +34,7 @@ class UserTable:
         counts: comparisons that this rests on, (u,) int64.
         prior: of a new user.
         deviation: posterior standard deviation of each weight, (u, k), by `palcache.regions`; None: by the posteriors.
+        noise: what the head's margins are divided by in the posteriors' likelihood.
     """
 
     users: tuple[str, ...]
@@ -41,6 +42,7 @@ class UserTable:
     counts: torch.Tensor
     prior: Gaussian
     deviation: torch.Tensor | None = None
+    noise: float = 1.0
 
     def updated(self, other: UserTable) -> UserTable:
         """Return these users and those of another table of the same head; the other one wins."""
@@ -55,7 +57,8 @@ class UserTable:
         users = (*(self.users[i] for i in kept.tolist()), *other.users)
         both = self.deviation is not None and other.deviation is not None
         deviation = torch.cat([self.deviation[kept], other.deviation]) if both else None  # type: ignore[index,list-item]
-        return UserTable(users, posteriors, torch.cat([self.counts[kept], other.counts]), other.prior, deviation)
+        counts = torch.cat([self.counts[kept], other.counts])
+        return UserTable(users, posteriors, counts, other.prior, deviation, other.noise)
 
 
 def save_users(path: Path, table: UserTable, head_path: Path) -> None:
@@ -77,6 +80,7 @@ def save_users(path: Path, table: UserTable, head_path: Path) -> None:
         "version": VERSION,
         "head": file_digest(head_path),
         "temperature": table.posteriors.temperature,
+        "noise": table.noise,
     }
     write_tensors(path, tensors, about)
 
@@ -100,4 +104,5 @@ def load_users(path: Path, head_path: Path) -> UserTable | None:
     users = unpack_texts(tensors["user.id.bytes"], tensors["user.id.offsets"])
     posteriors = Posteriors(tensors["mean"], tensors["covariance"], float(about["temperature"]))
     prior = Gaussian(tensors["prior.mean"], tensors["prior.covariance"])
-    return UserTable(users, posteriors, tensors["counts"], prior, tensors.get("deviation"))
+    noise = float(about.get("noise", 1.0))
+    return UserTable(users, posteriors, tensors["counts"], prior, tensors.get("deviation"), noise)

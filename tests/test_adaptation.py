@@ -12,7 +12,7 @@ from palcache.adaptation import METHODS, MethodName, Population, Published, adap
 from palcache.errors import InputError
 from palcache.posteriors import maximum_a_posteriori
 from palcache.reductions import ReducedComparisons
-from palcache.suggestions import expected_information, suggest
+from palcache.suggestions import information_factors, suggest
 from tests.planted import planted, reduced_of, standard_prior
 
 K = 3
@@ -82,7 +82,7 @@ def test_uncertainty_of_any_method() -> None:
 
 def test_one_prototype_is_refused() -> None:
     reduced, population = world()
-    one = replace(reduced, b=reduced.b[:, :1], grams=reduced.grams[:, :1, :1])
+    one = replace(reduced, k=1, products=reduced.products[..., :1], grams=reduced.grams[:, :1, :1])
     with pytest.raises(InputError, match="k = 1 prototype, one reward for all users, so there is nothing to adapt"):
         adapt_users(one, population)
 
@@ -93,19 +93,19 @@ def test_unknown_method_is_refused() -> None:
 
 
 def test_information_is_the_variance_of_the_score() -> None:
-    """By its definition: E[(d log P(y) / dz)^2], by differences, averaged over the posterior's draws."""
+    """By its definition: E[(d log P(y) / dz)^2], by differences, at each of the posterior's draws."""
     reduced = reduced_of(*planted(users=1, k=2, per_user=3))
     user = maximum_a_posteriori(reduced, standard_prior(2))
-    found = expected_information(reduced, user)[:, 0, 0].numpy()
+    found = information_factors(reduced, user)[..., 0].square().numpy()
     z = torch.log(user.samples(64)[0]) @ torch.tensor([[0.5**0.5], [-(0.5**0.5)]], dtype=torch.float64)
 
     def margins(at: torch.Tensor) -> torch.Tensor:
         w = torch.softmax(torch.cat([at, -at], dim=1) * 0.5**0.5, dim=1)
-        return torch.stack([reduced.margins(row[None]) for row in w], dim=1)
+        return torch.stack([reduced.margins(row[None]) for row in w])
 
     slope = (margins(z + 1e-5) - margins(z - 1e-5)) / 2e-5
     p = torch.sigmoid(margins(z))
-    np.testing.assert_allclose(found, (slope**2 * p * (1 - p)).mean(1).numpy(), rtol=1e-6)
+    np.testing.assert_allclose(found, (slope**2 * p * (1 - p)).numpy(), rtol=1e-6)
 
 
 def test_suggestions_do_not_look_at_answers_and_never_repeat() -> None:

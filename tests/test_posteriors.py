@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
 
-from palcache.posteriors import (
-    Gaussian,
-    PaddedUsers,
-    contrasts,
-    coordinates,
-    maximum_a_posteriori,
-    padded,
-    posteriors_at,
-)
+from palcache.padded_users import contrasts, coordinates, padded
+from palcache.posteriors import Gaussian, Objective, maximum_a_posteriori, posteriors_at
 from palcache.priors import fit_prior
 from palcache.reductions import ReducedComparisons
 from palcache.regions import credible_regions, excess_at
@@ -35,7 +29,7 @@ def negative_log_posterior(
     w /= w.sum()
     for row in np.flatnonzero(reduced.user.numpy() == user):
         gram = reduced.grams[reduced.prompt[row]].numpy()
-        margin = float(reduced.b[row].numpy() @ w) / math.sqrt(w @ gram @ w)
+        margin = float(reduced.products[row, 0].numpy() @ w) / math.sqrt(w @ gram @ w)
         total += math.log1p(math.exp(-abs(margin))) + max(margin, 0) - margin * (float(reduced.y[row]) + 1) / 2
     return total
 
@@ -57,13 +51,13 @@ def test_map_is_a_slow_optimisation_of_each_user(k: int) -> None:
 
 def test_gradient_and_hessian_are_autograds() -> None:
     reduced = reduced_of(*planted(users=2, k=4, per_user=6))
-    chunk = PaddedUsers.gather(reduced, torch.arange(12).reshape(2, 6), standard_prior(4))
+    chunk = Objective.of(reduced, torch.arange(12).reshape(2, 6), standard_prior(4))
     z = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     found = chunk.expand(z)
     for user in range(2):
         one = chunk.take(torch.tensor([user]))
 
-        def loss(point: torch.Tensor, one: PaddedUsers = one) -> torch.Tensor:
+        def loss(point: torch.Tensor, one: Objective = one) -> torch.Tensor:
             return one.expand(point[None]).loss[0]
 
         torch.testing.assert_close(found.gradient[user], torch.autograd.functional.jacobian(loss, z[user]))  # type: ignore[no-untyped-call]
@@ -101,9 +95,7 @@ def test_a_user_who_contradicts_himself_stays_near_the_prior() -> None:
     reduced = reduced_of(*planted(users=1, k=3, per_user=40))
     rows = torch.arange(40).repeat(2)
     twice = reduced.take(rows)
-    opposite = ReducedComparisons(
-        twice.b, twice.grams, twice.prompt, torch.cat([reduced.y, -reduced.y]), twice.user, twice.users, 1.0
-    )
+    opposite = replace(twice, y=torch.cat([reduced.y, -reduced.y]))
     undecided = maximum_a_posteriori(opposite, standard_prior(3))
     decided = maximum_a_posteriori(twice, standard_prior(3))
     assert bool(torch.isfinite(undecided.covariance).all())
@@ -114,21 +106,11 @@ def test_a_user_who_contradicts_himself_stays_near_the_prior() -> None:
 
 def test_a_tie_counts_one_half_for_each_side() -> None:
     reduced = reduced_of(*planted(users=1, k=2, per_user=1))
-    tie = ReducedComparisons(reduced.b, reduced.grams, reduced.prompt, reduced.y * 0, reduced.user, reduced.users, 1.0)
+    tie = replace(reduced, y=reduced.y * 0)
     prior = standard_prior(2)
     halves = negative_log_posterior(np.zeros(1), tie, 0, prior)
-    both = [
-        negative_log_posterior(
-            np.zeros(1),
-            ReducedComparisons(
-                reduced.b, reduced.grams, reduced.prompt, reduced.y * 0 + y, reduced.user, reduced.users, 1.0
-            ),
-            0,
-            prior,
-        )
-        for y in (-1, 1)
-    ]
-    chunk = PaddedUsers.gather(tie, torch.tensor([[0]]), prior)
+    both = [negative_log_posterior(np.zeros(1), replace(reduced, y=reduced.y * 0 + y), 0, prior) for y in (-1, 1)]
+    chunk = Objective.of(tie, torch.tensor([[0]]), prior)
     assert halves == pytest.approx(float(np.mean(both)))
     assert float(chunk.expand(torch.zeros(1, 1, dtype=torch.float64)).loss) == pytest.approx(halves)
 

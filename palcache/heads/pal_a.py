@@ -127,6 +127,16 @@ class PalA:
         """Return every user's mixture in evaluation, (u, k)."""
         return mix(self.mixture, parameters["user.logits"], self.temperature)
 
+    def project_responses(
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        x: torch.Tensor,
+        noise: torch.Generator | None = None,
+        updates: Parameters | None = None,
+    ) -> torch.Tensor:
+        """Return f of vectors of prompt and response together, (..., d) -> (..., p)."""
+        return project(self.items, "f.", parameters, x, noise, updates)
+
     def ideal_points(
         self,
         parameters: Mapping[str, torch.Tensor],

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -37,8 +38,11 @@ def invoke(app: typer.Typer) -> Invoke:
 
 
 @pytest.fixture
-def start() -> Callable[..., subprocess.Popen[str]]:
-    """Return a function that starts the installed command in a process of its own."""
+def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Give a function that starts the installed command in a process of its own, which heeds Ctrl-C.
+
+    A shell starts jobs in the background deaf to SIGINT, and their children would be so too.
+    """
     if not EXECUTABLE.is_file():
         pytest.skip(f"needs {EXECUTABLE}: pip install -e .")
 
@@ -46,4 +50,6 @@ def start() -> Callable[..., subprocess.Popen[str]]:
         command = [str(EXECUTABLE), *map(str, arguments)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    return start
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield start
+    signal.signal(signal.SIGINT, before)

@@ -85,7 +85,7 @@ def test_a_file_gives_options_and_the_command_line_wins(invoke: Invoke, cache: P
     ("content", "message"),
     [
         ("kk = 3\n", "options.toml: unknown key kk; did you mean k?"),
-        ("[head]\nk = 3\n", "options.toml: unknown key head; the keys are k, p, projector"),
+        ("[head]\nk = 3\n", "options.toml: head = {'k': 3}; expected one of pal-b, pal-a"),
         ('k = "three"\n', "options.toml: k = 'three'; expected a whole number"),
         ("k = 0\n", "k = 0; expected at least one prototype"),
         ("k = \n", "options.toml is not TOML"),
@@ -108,7 +108,11 @@ def test_a_wrong_file_is_refused_where_it_is_wrong(
     ("options", "code", "message"),
     [
         (["--k", 0], 2, "Got k = 0; expected at least one prototype"),
-        (["--projector", "mlp2"], 2, "expected identity or mlp{L}-{relu|gelu|linear}-dropout{D}[-residual][-nobias]"),
+        (
+            ["--projector", "mlp2"],
+            2,
+            "expected identity or mlp{L}-{relu|gelu|linear}-dropout{D}[-residual][-batchnorm][-nobias]",
+        ),
         (["--projector", "identity", "--p", 4], 2, "identity needs d = p: choose --p 10"),
         (["--comparisons", "other"], 2, "no comparison table other; it has table"),
         (["--space", "other"], 2, "choose one with --space"),
