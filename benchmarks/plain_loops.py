@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, final
 
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.measuring import clock, finish
 from palcache import PalB, PreferenceData
+from palcache.noises import Noise
 from palcache.tensors import PairBatch
 
 Sample = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, torch.Tensor]
@@ -85,13 +87,13 @@ def _projector(
 
 def palcache_margins(shape: PalB, parameters: Mapping[str, torch.Tensor], device: str) -> Margins:
     """Return palcache's own margins as a plain loop calls them: every row of the batch is projected."""
-    noise = torch.Generator(device)
+    steps = itertools.count()
 
     def margins(prompts: torch.Tensor, left: torch.Tensor, right: torch.Tensor, user: torch.Tensor) -> torch.Tensor:
         rows = torch.arange(len(user), device=user.device)
         unsigned = torch.zeros(len(user), device=user.device)  # margins know no answers
         batch = PairBatch(prompts, rows, torch.cat([left, right]), rows, rows + len(user), user, unsigned)
-        return shape.margins(parameters, batch, noise=noise)
+        return shape.margins(parameters, batch, noise=Noise.of(0, next(steps), device=device))
 
     return margins
 

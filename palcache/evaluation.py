@@ -174,10 +174,14 @@ def evaluate_head(
 
 
 def evaluate_longer(comparisons: Comparisons, *, seed: int = 0) -> Evaluation:
-    """Return the evaluation of "the longer response is preferred" (in characters), the user-blind yardstick."""
+    """Return the evaluation of "the longer response is preferred", the user-blind yardstick."""
+    return evaluate_margins(longer_margins(comparisons), comparisons, probabilities=False, seed=seed)
+
+
+def longer_margins(comparisons: Comparisons) -> Array:
+    """Return by how many characters the right response is longer, (n,) float64."""
     length = pc.utf8_length(comparisons.responses).to_numpy().astype(np.float64)
-    margins = length[comparisons.response_2] - length[comparisons.response_1]
-    return evaluate_margins(margins, comparisons, probabilities=False, seed=seed)
+    return np.asarray(length[comparisons.response_2] - length[comparisons.response_1], np.float64)
 
 
 def known_rows(comparisons: Comparisons, users: tuple[str, ...], policy: UnknownUsers) -> npt.NDArray[np.int64]:

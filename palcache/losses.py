@@ -115,6 +115,6 @@ def token_losses(kind: Loss, margins: torch.Tensor, y: torch.Tensor, weights: to
     return pairwise_loss(kind, margins.masked_fill(weights == 0, 0.0), y) * weights
 
 
-def norm_bound(points: torch.Tensor, bound: float) -> torch.Tensor:
+def norm_bound(points: torch.Tensor, bound: float | torch.Tensor) -> torch.Tensor:
     """Return the sum over rows of max(0, |row| - bound), (..., m, p) -> (...,)."""
     return F.relu(torch.linalg.vector_norm(points, dim=-1) - bound).sum(-1)

@@ -15,6 +15,7 @@ from palcache.heads.ideal_points import per_pair
 from palcache.heads.projectors import Parameters
 from palcache.heads.protocols import Head, IdealPointHead
 from palcache.losses import norm_bound, pairwise_loss, position_weights, reduce_loss, token_losses, user_weights
+from palcache.noises import Noise
 from palcache.tensors import PairBatch, PreferenceData
 from palcache.token_batches import TokenBatch
 
@@ -67,17 +68,19 @@ class Objective:
     Attributes:
         shape: the head.
         config: loss, weightings, bound and precision.
+        bound: weight and bound of norms that stand for those of the configuration, where heads of different ones are stacked.
     """
 
     shape: Head
     config: FitConfig
+    bound: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __call__(
         self,
         parameters: Mapping[str, torch.Tensor],
         batch: PairBatch | TokenBatch,
         *,
-        noise: torch.Generator | None = None,
+        noise: Noise | None = None,
         updates: Parameters | None = None,
         counts: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -86,7 +89,7 @@ class Objective:
         Args:
             parameters: of the head.
             batch: pooled comparisons, or comparisons with every token.
-            noise: draws dropout and Gumbel noise.
+            noise: dropout and Gumbel noise of the step.
             updates: receives new running statistics; also without them it is an empty dictionary in training.
             counts: number of training comparisons of each user, (u,), where every user is to count the same.
         """
@@ -102,13 +105,14 @@ class Objective:
         if ideal is None:
             return loss
         rows = ideal.to(margins.dtype).reshape(-1, ideal.shape[-1])
-        return loss + self.config.bound_weight * norm_bound(rows, self.config.bound)
+        weight, bound = self.bound or (self.config.bound_weight, self.config.bound)
+        return loss + weight * norm_bound(rows, bound)
 
     def _forward(
         self,
         parameters: Mapping[str, torch.Tensor],
         pairs: PairBatch,
-        noise: torch.Generator | None,
+        noise: Noise | None,
         updates: Parameters | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return margins, (n,) or (m,), and the ideal points where their norms are bounded."""
@@ -135,15 +139,25 @@ class Objective:
         Of token data, accuracy is the mean over comparisons of the share of a span's tokens that are right, 0 for an
         empty span.
         """
-        known = self.shape.mixtures(parameters)
-        mixtures = torch.cat([known, known.mean(0, keepdim=True)])
         loss = torch.zeros((), dtype=torch.float64, device=data.device if data.device.type != "mps" else "cpu")
         right = torch.zeros_like(loss)
         for batch in data.batches(EVALUATION_ROWS if isinstance(data, PreferenceData) else TOKEN_ROWS):
-            margins = self.shape.margins(parameters, _pairs(batch), mixtures=mixtures[batch.user])
-            loss += self._losses(margins, batch).sum().to(loss)
-            right += _right(margins, batch).sum().to(loss)
+            losses, rights = self.evaluate(parameters, batch)
+            loss += losses.sum().to(loss)
+            right += rights.sum().to(loss)
         return float(loss) / len(data), float(right) / len(data)
+
+    def evaluate(
+        self, parameters: Mapping[str, torch.Tensor], batch: PairBatch | TokenBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss of each comparison and whether it is predicted right, (n,) each; users as for `validate`.
+
+        Of token data, both are of each token, with its weight.
+        """
+        known = self.shape.mixtures(parameters)
+        mixtures = torch.cat([known, known.mean(0, keepdim=True)])
+        margins = self.shape.margins(parameters, _pairs(batch), mixtures=mixtures[batch.user])
+        return self._losses(margins, batch), _right(margins, batch)
 
 
 def _pairs(batch: PairBatch | TokenBatch) -> PairBatch:

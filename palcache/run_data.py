@@ -29,10 +29,11 @@ EVALUATED: Final = ("val", "test")
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class RunSplit:
-    """Part of a table: its comparisons and their vectors or token states, users numbered as the head's."""
+    """Part of a table: its comparisons, their vectors or token states, users numbered as the head's, and their rows in it."""
 
     comparisons: Comparisons
     data: PreferenceData | TokenData
+    rows: npt.NDArray[np.int64]
 
     @property
     def served(self) -> PreferenceData:
@@ -124,7 +125,7 @@ def load_splits(
                 f"No user of the split {name} of the table {stored.name} has a training comparison; embed it again with "
                 "--split-by pair, or score them with the mean mixture by --unknown-users generic."
             )
-        out[name] = RunSplit(comparisons.take(kept), data.take(kept).with_users(users))
+        out[name] = RunSplit(comparisons.take(kept), data.take(kept).with_users(users), kept)
     return out
 
 

@@ -9,6 +9,8 @@ RUN/
   user_blind.safetensors  the k = 1 yardstick, trained with the same settings
   history.csv           every evaluation
   metrics.json          test and validation, yardsticks beside them; no wall times: the same seed gives the same bytes
+  predictions.safetensors  what head and yardsticks predict on validation and test, comparison by comparison
+  prototypes.json       what sets the prototypes apart (heads that have them)
   curves.png
   state.safetensors     where to go on; only while training is unfinished
 ```
@@ -30,9 +32,11 @@ from palcache.checkpoints import TrainedHead, load_head, save_head
 from palcache.comparison_files import StoredComparisons
 from palcache.configs import FitConfig, HeadConfig, UnknownUsers
 from palcache.errors import CacheError, InputError, MismatchError
-from palcache.evaluation import Evaluation, evaluate_head, evaluate_longer, token_accuracy
+from palcache.evaluation import Evaluation, token_accuracy
 from palcache.files import read_json, write_json
 from palcache.heads import head_to_dict
+from palcache.predictions import PREDICTIONS, Predictions, evaluate_predictions, predict_splits, save_predictions
+from palcache.prototypes import PROTOTYPES, describe_prototypes, has_prototypes, save_prototypes
 from palcache.reductions import is_reducible
 from palcache.reports import draw_history, write_history
 from palcache.run_data import EVALUATED, RunSplit
@@ -164,15 +168,21 @@ def load_run(path: Path) -> RunResult:
             f"The run {path} was imported, not trained; evaluate it with palcache evaluate {path} --cache ...."
         )
     require_complete(path)
+    return RunResult(path, load_head(path / "head.safetensors"), read_evaluations(path), 0.0, None)
+
+
+def read_evaluations(path: Path) -> dict[str, dict[str, Evaluation]]:
+    """Return the evaluations of a complete run by split and rule, as they were written.
+
+    Raises:
+        CacheError: the file is missing or damaged.
+    """
     metrics = read_json(path / "metrics.json", "a run's metrics")
     try:
         by_rule = {"head": metrics, **metrics["yardsticks"]}
-        evaluations = {
-            split: {rule: Evaluation.from_dict(by_rule[rule][split]) for rule in RULES} for split in EVALUATED
-        }
+        return {split: {rule: Evaluation.from_dict(by_rule[rule][split]) for rule in RULES} for split in EVALUATED}
     except (KeyError, TypeError) as error:
         raise CacheError(f"{path / 'metrics.json'} is damaged ({type(error).__name__}: {error}).") from error
-    return RunResult(path, load_head(path / "head.safetensors"), evaluations, 0.0, None)
 
 
 def begin_run(path: Path, about: Mapping[str, Any]) -> None:
@@ -197,7 +207,12 @@ def finish_run(
     save_head(path / "user_blind.safetensors", blind)
     if head.shape.k > 1 and is_reducible(head.shape):
         _save_seen_users(path, head, splits)
-    evaluations = {name: evaluate_rules(head, blind, splits[name], splits["val"]) for name in EVALUATED}
+    rules = {"head": head, "user_blind": blind}
+    predictions = predict_splits(rules, splits, head.about["table"]["fingerprint"])
+    save_predictions(path / PREDICTIONS, predictions)
+    if has_prototypes(head.shape):
+        save_prototypes(path / PROTOTYPES, describe_prototypes(head, splits["test"]))
+    evaluations = {name: _evaluate(rules, predictions, name, splits[name]) for name in EVALUATED}
     write_history(path / "history.csv", fitted.history)
     draw_history(path / "curves.png", fitted.history, best_step=fitted.best_step, title=_title(head))
     summary = {"best_step": fitted.best_step, "stopped_early": fitted.stopped_early}
@@ -218,18 +233,20 @@ def evaluate_rules(
         split: what to evaluate on.
         val: where the temperature is fitted; None reports none.
     """
-    out = {"head": _evaluate(head, split, val)}
-    if blind is not None:
-        out["user_blind"] = _evaluate(blind, split, val)
-    return {**out, "longer": evaluate_longer(split.comparisons)}
+    rules = {"head": head} if blind is None else {"head": head, "user_blind": blind}
+    predictions = predict_splits(rules, {"evaluated": split} if val is None else {"evaluated": split, "val": val})
+    return _evaluate(rules, predictions, "evaluated", split)
 
 
-def _evaluate(head: TrainedHead, split: RunSplit, val: RunSplit | None) -> Evaluation:
-    validation = val.served if val else None
-    evaluation = evaluate_head(head, split.served, split.comparisons, validation=validation)
+def _evaluate(
+    rules: Mapping[str, TrainedHead], predictions: Predictions, name: str, split: RunSplit
+) -> dict[str, Evaluation]:
+    """Return the evaluations of predictions, and where there are token states the accuracy at every token too."""
+    found = evaluate_predictions(predictions, name, split.comparisons)
     if isinstance(split.data, TokenData):
-        return replace(evaluation, token_accuracy=token_accuracy(head, split.data))
-    return evaluation
+        for rule, head in rules.items():
+            found[rule] = replace(found[rule], token_accuracy=token_accuracy(head, split.data))
+    return found
 
 
 def _save_seen_users(path: Path, head: TrainedHead, splits: Mapping[str, RunSplit]) -> None:

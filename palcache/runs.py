@@ -211,7 +211,7 @@ def evaluate_run(
         if not len(rows):
             return None
         kept = rows[known_rows(stored.comparisons.take(rows), head.users, unknown_users)]
-        return RunSplit(stored.comparisons.take(kept), data.take(kept).with_users(head.users))
+        return RunSplit(stored.comparisons.take(kept), data.take(kept).with_users(head.users), kept)
 
     chosen = part(split)
     if chosen is None:

@@ -35,6 +35,10 @@ class Table(Protocol):
     def streamed(self) -> bool:
         """Vectors are read batch by batch."""
 
+    @property
+    def resident(self) -> torch.Tensor | None:
+        """All vectors, (m, d), where they are at hand."""
+
     def take(self, index: torch.Tensor) -> torch.Tensor:
         """Return vectors by their position, (n,) -> (n, d) float32."""
 
@@ -74,6 +78,11 @@ class VectorTable:
         """Vectors are read through the memory map, batch by batch."""
         return self._resident is None
 
+    @property
+    def resident(self) -> torch.Tensor | None:
+        """All vectors, (m, d), where they are on the device."""
+        return self._resident
+
     def take(self, index: torch.Tensor) -> torch.Tensor:
         """Return vectors by their position in this table, (n,) -> (n, d) float32."""
         if self._resident is not None:
@@ -103,6 +112,11 @@ class TensorTable:
     def streamed(self) -> bool:
         """The vectors are in memory."""
         return False
+
+    @property
+    def resident(self) -> torch.Tensor:
+        """All vectors, (m, d)."""
+        return self.vectors
 
     def take(self, index: torch.Tensor) -> torch.Tensor:
         """Return vectors by their position in this table, (n,) -> (n, d)."""
@@ -139,6 +153,8 @@ class PairBatch:
         response_2: row of the right response, (n,) int64.
         user: number of the user, (n,) int64; -1 is a user whom the head does not know.
         y: -1, 0 or +1, (n,) float32.
+        prompt_names: of the prompt vectors, (P,) int64, which noise goes by; None counts them.
+        response_names: of the response vectors, (R,).
         comparison: where comparisons have several pairs of rows, m in all, of which comparison each is, (m,) int64, every
             one at least once and in order; `response_1` and `response_2` are then (m,), and `prompt` too where each pair
             has a prompt row of its own.
@@ -151,6 +167,8 @@ class PairBatch:
     response_2: torch.Tensor
     user: torch.Tensor
     y: torch.Tensor
+    prompt_names: torch.Tensor | None = None
+    response_names: torch.Tensor | None = None
     comparison: torch.Tensor | None = None
 
 
@@ -217,11 +235,21 @@ class PreferenceData:
         Args:
             rows: row numbers on the data's device, (n,).
         """
-        prompts, prompt = take_distinct(self.prompts, self.prompt[rows])
+        prompts, prompt, prompt_names = take_distinct(self.prompts, self.prompt[rows])
         pair = torch.cat([self.response_1[rows], self.response_2[rows]])
-        responses, response = take_distinct(self.responses, pair)
+        responses, response, response_names = take_distinct(self.responses, pair)
         n = len(rows)
-        return PairBatch(prompts, prompt, responses, response[:n], response[n:], self.user[rows], self.y[rows])
+        return PairBatch(
+            prompts,
+            prompt,
+            responses,
+            response[:n],
+            response[n:],
+            self.user[rows],
+            self.y[rows],
+            prompt_names=prompt_names,
+            response_names=response_names,
+        )
 
     def batches(self, size: int) -> Iterator[PairBatch]:
         """Yield all comparisons in order, `size` at a time."""
@@ -229,12 +257,15 @@ class PreferenceData:
             yield self.batch(rows)
 
 
-def take_distinct(table: Table, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the vectors at `index` and where each stands among them; once each, where repeats are likely."""
-    if len(table) > 8 * len(index):  # a batch then repeats few rows, and finding them costs more than it saves
-        return table.take(index), torch.arange(len(index), device=index.device)
+def take_distinct(table: Table, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the vectors at `index`, where each stands among them, and their positions in the table.
+
+    Each is read once where repeats are likely; elsewhere finding them costs more than it saves.
+    """
+    if len(table) > 8 * len(index):
+        return table.take(index), torch.arange(len(index), device=index.device), index
     distinct, inverse = torch.unique(index, return_inverse=True)
-    return table.take(distinct), inverse
+    return table.take(distinct), inverse, distinct
 
 
 def load_preferences(

@@ -92,7 +92,7 @@ class TokenBatch:
         both = torch.cat([left.flatten(0, 1)[place], right.flatten(0, 1)[place]])
         own = torch.arange(2 * m, device=left.device)
         prompts, prompt = (prompts.flatten(0, 1)[place], own[:m]) if prompts.dim() > 2 else (prompts, own[:n])
-        pairs = PairBatch(prompts, prompt, both, own[:m], own[m:], user, y, comparison)
+        pairs = PairBatch(prompts, prompt, both, own[:m], own[m:], user, y, comparison=comparison)
         return cls(pairs, comparison, at - first[comparison] + 1, count)
 
 
@@ -196,11 +196,14 @@ class TokenData:
         owner = torch.cat([comparison, comparison + n])
         responses, place = take_positions(self.responses, both, owner, torch.cat([at, at]))
         if isinstance(self.prompts, RaggedRows | StreamedRows):
+            names = None
             prompts, prompt = take_positions(self.prompts, self.prompt[rows], comparison, at)
         else:
-            prompts, prompt = take_distinct(self.prompts, self.prompt[rows])
+            prompts, prompt, names = take_distinct(self.prompts, self.prompt[rows])
         user, y = self.user[rows], self.y[rows]
-        pairs = PairBatch(prompts, prompt, responses, place[:m], place[m:], user, y, comparison)
+        pairs = PairBatch(
+            prompts, prompt, responses, place[:m], place[m:], user, y, prompt_names=names, comparison=comparison
+        )
         return TokenBatch(pairs, comparison, at - first[comparison] + 1, count)
 
     def batches(self, size: int) -> Iterator[TokenBatch]:

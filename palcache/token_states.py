@@ -181,6 +181,10 @@ class LastStates:
         """States are read batch by batch."""
         return self.states.streamed
 
+    @property
+    def resident(self) -> None:
+        """Last states are gathered when they are asked for."""
+
     def take(self, index: torch.Tensor) -> torch.Tensor:
         """Return last states by their row, (n,) -> (n, d) float32; zeros for a row without tokens."""
         stop = self.states.lengths[index].clamp(min=1)

@@ -21,10 +21,19 @@ import torch
 
 from palcache.choices import LOSS_OF, Loss, Mixture, Score, Start, UserForm
 from palcache.configs import HeadConfig
-from palcache.heads.ideal_points import batch_mixtures, both_rewards, compare, per_pair, project, project_items
+from palcache.heads.ideal_points import (
+    batch_mixtures,
+    both_rewards,
+    compare,
+    per_pair,
+    project,
+    project_items,
+    row_noise,
+)
 from palcache.heads.mixtures import mix
 from palcache.heads.projectors import Parameters, Projector
 from palcache.heads.scores import SCALED, initial_scale, unit
+from palcache.noises import Noise, RowNoise
 from palcache.tensors import PairBatch
 
 SPREAD: Final = 0.1
@@ -131,7 +140,7 @@ class PalA:
         self,
         parameters: Mapping[str, torch.Tensor],
         x: torch.Tensor,
-        noise: torch.Generator | None = None,
+        noise: RowNoise | None = None,
         updates: Parameters | None = None,
     ) -> torch.Tensor:
         """Return f of vectors of prompt and response together, (..., d) -> (..., p)."""
@@ -141,16 +150,18 @@ class PalA:
         self,
         parameters: Mapping[str, torch.Tensor],
         mixtures: torch.Tensor,
-        noise: torch.Generator | None = None,
+        noise: Noise | None = None,
         updates: Parameters | None = None,
     ) -> torch.Tensor:
         """Return the ideal point of each mixture, (n, k) -> (n, p)."""
         prototypes = parameters["prototypes"]
         if self.user_form == "Pw":
             return mixtures @ prototypes
+        rows = mixtures @ prototypes if self.user_form == "f(Pw)" else prototypes
+        drawn = row_noise(noise, "ideal points", rows, None)
+        projected = project(self.items, "f.", parameters, rows, drawn, updates)
         if self.user_form == "f(Pw)":
-            return project(self.items, "f.", parameters, mixtures @ prototypes, noise, updates)
-        projected = project(self.items, "f.", parameters, prototypes, noise, updates)
+            return projected
         return mixtures @ (unit(projected) if self.user_form == "|f(P)|w" else projected)
 
     def margins(
@@ -159,7 +170,7 @@ class PalA:
         batch: PairBatch,
         *,
         mixtures: torch.Tensor | None = None,
-        noise: torch.Generator | None = None,
+        noise: Noise | None = None,
         updates: Parameters | None = None,
     ) -> torch.Tensor:
         """Return r(response_2) - r(response_1), (n,), or (m,); positive predicts y = +1.
@@ -168,7 +179,7 @@ class PalA:
             parameters: as `initial` draws them.
             batch: the comparisons; their response vectors are of prompt and response together, prompts are not read.
             mixtures: one mixture per comparison, (n, k); None takes the head's own users.
-            noise: draws dropout and Gumbel noise in training; None in evaluation.
+            noise: dropout and Gumbel noise of a training step; None in evaluation.
             updates: receives new running statistics in training; None in evaluation.
         """
         left, right, ideal = self.points(parameters, batch, mixtures=mixtures, noise=noise, updates=updates)
@@ -180,7 +191,7 @@ class PalA:
         batch: PairBatch,
         *,
         mixtures: torch.Tensor | None = None,
-        noise: torch.Generator | None = None,
+        noise: Noise | None = None,
         updates: Parameters | None = None,
     ) -> torch.Tensor:
         """Return r(response_1) and r(response_2), (n, 2), or (m, 2); arguments as for `margins`."""
@@ -193,7 +204,7 @@ class PalA:
         batch: PairBatch,
         *,
         mixtures: torch.Tensor | None = None,
-        noise: torch.Generator | None = None,
+        noise: Noise | None = None,
         updates: Parameters | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return items as the score compares them, left and right, and ideal points as they are, (n, p) each.

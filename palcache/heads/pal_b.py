@@ -16,10 +16,19 @@ import torch.nn.functional as F
 
 from palcache.choices import LOSS_OF, Loss, Mixture, Score, Start
 from palcache.configs import HeadConfig
-from palcache.heads.ideal_points import batch_mixtures, both_rewards, compare, per_pair, project, project_items
+from palcache.heads.ideal_points import (
+    batch_mixtures,
+    both_rewards,
+    compare,
+    per_pair,
+    project,
+    project_items,
+    row_noise,
+)
 from palcache.heads.mixtures import mix
 from palcache.heads.projectors import Parameters, Projector
 from palcache.heads.scores import SCALED, initial_scale
+from palcache.noises import Noise, RowNoise
 from palcache.tensors import PairBatch
 
 SPREAD: Final = 0.1
@@ -121,7 +130,7 @@ class PalB:
         self,
         parameters: Mapping[str, torch.Tensor],
         x: torch.Tensor,
-        noise: torch.Generator | None = None,
+        noise: RowNoise | None = None,
         updates: Parameters | None = None,
     ) -> torch.Tensor:
         """Return f of response vectors, (m, d) -> (m, p)."""
@@ -131,7 +140,7 @@ class PalB:
         self,
         parameters: Mapping[str, torch.Tensor],
         x: torch.Tensor,
-        noise: torch.Generator | None = None,
+        noise: RowNoise | None = None,
         updates: Parameters | None = None,
     ) -> torch.Tensor:
         """Return g_1 ... g_k of prompt vectors, (m, d) -> (k, m, p)."""
@@ -143,7 +152,7 @@ class PalB:
         batch: PairBatch,
         *,
         mixtures: torch.Tensor | None = None,
-        noise: torch.Generator | None = None,
+        noise: Noise | None = None,
         updates: Parameters | None = None,
     ) -> torch.Tensor:
         """Return r(response_2) - r(response_1), (n,), or (m,); positive predicts y = +1.
@@ -152,7 +161,7 @@ class PalB:
             parameters: as `initial` draws them.
             batch: the comparisons.
             mixtures: one mixture per comparison, (n, k); None takes the head's own users.
-            noise: draws dropout and Gumbel noise in training; None in evaluation.
+            noise: dropout and Gumbel noise of a training step; None in evaluation.
             updates: receives new running statistics in training; None in evaluation.
         """
         left, right, ideal = self.points(parameters, batch, mixtures=mixtures, noise=noise, updates=updates)
@@ -164,7 +173,7 @@ class PalB:
         batch: PairBatch,
         *,
         mixtures: torch.Tensor | None = None,
-        noise: torch.Generator | None = None,
+        noise: Noise | None = None,
         updates: Parameters | None = None,
     ) -> torch.Tensor:
         """Return r(response_1) and r(response_2), (n, 2), or (m, 2); arguments as for `margins`."""
@@ -177,7 +186,7 @@ class PalB:
         batch: PairBatch,
         *,
         mixtures: torch.Tensor | None = None,
-        noise: torch.Generator | None = None,
+        noise: Noise | None = None,
         updates: Parameters | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return items as the score compares them, left and right, and ideal points as they are, (n, p) each.
@@ -189,12 +198,14 @@ class PalB:
             logits = parameters["user.logits"]
             mixtures = batch_mixtures(self.mixture, logits, batch.user, self.temperature, noise, updates)
         left, right = project_items(self.items, self.score, parameters, batch, noise, updates)
-        prompts, prompt = batch.prompts, batch.prompt
+        prompts, prompt, names = batch.prompts, batch.prompt, batch.prompt_names
         if len(prompt) != len(mixtures):
             mixtures = per_pair(mixtures, batch)
         if self.prototypes.batchnorm and updates is not None:  # statistics of the comparisons, not of distinct prompts
-            prompts, prompt = prompts[prompt], torch.arange(len(prompt), device=prompts.device)
-        prototypes = self.project_prompts(parameters, prompts, noise, updates)
+            prompts, names = prompts[prompt], prompt if names is None else names[prompt]
+            prompt = torch.arange(len(prompt), device=prompts.device)
+        drawn = row_noise(noise, "prototypes", prompts, names)
+        prototypes = self.project_prompts(parameters, prompts, drawn, updates)
         return left, right, self.ideal_points(prototypes, prompt, mixtures)
 
     def compare(

@@ -9,6 +9,7 @@ import torch
 
 from palcache.choices import Loss
 from palcache.heads.projectors import Parameters, is_buffer
+from palcache.noises import Noise
 from palcache.tensors import PairBatch, PreferenceData
 
 Group = Literal["projectors", "users", "prototypes", "scale"]
@@ -20,7 +21,7 @@ _GROUPS: Final[Mapping[str, Group]] = {"prototypes": "prototypes", "logit_scale"
 class Head(Protocol):
     """The shape of a head: a frozen value without tensors; its parameters are handed to each method.
 
-    A pass is one of training where `noise` (it draws dropout and Gumbel noise) or `updates` (it receives new running
+    A pass is one of training where `noise` (dropout and Gumbel noise) or `updates` (it receives new running
     statistics) is given, else one of evaluation. Parameters of heads of one shape may be stacked on a leading axis and
     mapped over (`torch.func.vmap`): no branch depends on a value.
     """
@@ -64,7 +65,7 @@ class Head(Protocol):
         batch: PairBatch,
         *,
         mixtures: torch.Tensor | None = None,
-        noise: torch.Generator | None = None,
+        noise: Noise | None = None,
         updates: Parameters | None = None,
     ) -> torch.Tensor:
         """Return r(response_2) - r(response_1), (n,); positive predicts y = +1."""
@@ -80,7 +81,7 @@ class IdealPointHead(Head, Protocol):
         batch: PairBatch,
         *,
         mixtures: torch.Tensor | None = None,
-        noise: torch.Generator | None = None,
+        noise: Noise | None = None,
         updates: Parameters | None = None,
     ) -> torch.Tensor:
         """Return r(response_1) and r(response_2), (n, 2), or (m, 2) of several pairs of rows a comparison."""
@@ -91,7 +92,7 @@ class IdealPointHead(Head, Protocol):
         batch: PairBatch,
         *,
         mixtures: torch.Tensor | None = None,
-        noise: torch.Generator | None = None,
+        noise: Noise | None = None,
         updates: Parameters | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return items as the score compares them, left and right, and ideal points as they are, (n, p) each.
