@@ -157,7 +157,8 @@ def test_a_list_is_greedy_and_a_large_pool_is_shortlisted(monkeypatch: pytest.Mo
     reduced = reduced_of(*planted(users=1, k=K, per_user=30))
     user = maximum_a_posteriori(reduced.take(torch.arange(3)), standard_prior(K))
     factors, precision = information_factors(reduced, user), torch.linalg.inv(user.covariance)
-    now, taken = precision.expand(len(factors), -1, -1), []
+    now = precision.expand(len(factors), -1, -1)
+    taken: list[int] = []
     for found in suggest(reduced, user, 4):
         more = now.unsqueeze(1) + factors.unsqueeze(3) * factors.unsqueeze(2)
         gains = (torch.logdet(more) - torch.logdet(now).unsqueeze(1)).mean(0) / 2
