@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, final
 
@@ -12,7 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.measuring import clock, finish
 from palcache import PalB, PreferenceData
-from palcache.tensors import PairBatch, TensorTable, VectorTable
+from palcache.noises import Noise
+from palcache.tensors import PairBatch
 
 Sample = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, torch.Tensor]
 Margins = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -28,7 +30,9 @@ class CachedVectors(Dataset[Sample]):
     """
 
     def __init__(self, data: PreferenceData) -> None:
-        self.prompts, self.responses = _vectors(data.prompts), _vectors(data.responses)
+        self.prompts, self.responses = (
+            table.take(torch.arange(len(table), device=data.device)).cpu() for table in (data.prompts, data.responses)
+        )
         self.rows = torch.stack([data.prompt, data.response_1, data.response_2, data.user], dim=1).tolist()
         self.y = data.y.cpu()
 
@@ -38,11 +42,6 @@ class CachedVectors(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         prompt, left, right, user = self.rows[index]
         return self.prompts[prompt], self.responses[left], self.responses[right], user, self.y[index]
-
-
-def _vectors(table: VectorTable | TensorTable) -> torch.Tensor:
-    device = table.device if isinstance(table, VectorTable) else table.vectors.device
-    return table.take(torch.arange(len(table), device=device)).cpu()
 
 
 @final
@@ -88,13 +87,13 @@ def _projector(
 
 def palcache_margins(shape: PalB, parameters: Mapping[str, torch.Tensor], device: str) -> Margins:
     """Return palcache's own margins as a plain loop calls them: every row of the batch is projected."""
-    noise = torch.Generator(device)
+    steps = itertools.count()
 
     def margins(prompts: torch.Tensor, left: torch.Tensor, right: torch.Tensor, user: torch.Tensor) -> torch.Tensor:
         rows = torch.arange(len(user), device=user.device)
         unsigned = torch.zeros(len(user), device=user.device)  # margins know no answers
         batch = PairBatch(prompts, rows, torch.cat([left, right]), rows, rows + len(user), user, unsigned)
-        return shape.margins(parameters, batch, noise=noise)
+        return shape.margins(parameters, batch, noise=Noise.of(0, next(steps), device=device))
 
     return margins
 

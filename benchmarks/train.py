@@ -21,6 +21,7 @@ from palcache import Cache, EmbedConfig, FitConfig, HeadConfig, PalB, Preference
 from palcache.comparison_files import StoredComparisons
 from palcache.heads import Parameters
 from palcache.losses import cross_entropy
+from palcache.noises import Noise
 from palcache.synthetic import draw_population, population_comparisons
 from palcache.training import FitProgress
 
@@ -170,7 +171,7 @@ def profile(task: Task) -> str:
     some = torch.randperm(len(task.train))[: task.batch].to(task.device)
     drawn, parameters = task.train.batch(some), task.parameters()
     optimizer = torch.optim.AdamW(parameters.values(), fused=True)
-    noise = torch.Generator(task.device)
+    noise = Noise.of(0, device=task.device)
 
     def loss() -> torch.Tensor:
         return cross_entropy(task.shape.margins(parameters, drawn, noise=noise), drawn.y).mean()

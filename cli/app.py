@@ -10,12 +10,14 @@ from . import (
     adapt,
     cache,
     checkpoint,
+    compare,
     demo,
     embed,
     evaluate,
     import_vectors,
     lint,
     presets,
+    report,
     suggest,
     train_head,
     users,
@@ -33,6 +35,8 @@ app.command("embed")(embed.embed)
 app.command("import")(import_vectors.import_vectors)
 app.command("train-head")(train_head.train_head)
 app.command("evaluate")(evaluate.evaluate)
+app.command("compare")(compare.compare)
+app.command("report")(report.report)
 app.command("adapt")(adapt.adapt)
 app.command("suggest")(suggest.suggest)
 app.command("users")(users.users)

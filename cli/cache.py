@@ -23,6 +23,9 @@ from .options import (
     PoolingOption,
     PromptTemplateOption,
     ResponseTemplateOption,
+    RevisionOption,
+    TruncateDimOption,
+    TrustOption,
 )
 
 if TYPE_CHECKING:
@@ -119,6 +122,9 @@ def verify(
     model: Annotated[str, typer.Option(help="The model for --reencode, as for palcache embed.")] = _EMBED.model,
     compute_dtype: Annotated[ComputeDtype, typer.Option(help="As for palcache embed.")] = _EMBED.compute_dtype,
     max_tokens: Annotated[int | None, typer.Option(help="As for palcache embed.", show_default=False)] = None,
+    truncate_dim: TruncateDimOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
     encoder: EncoderOption = _EMBED.encoder,
     pooling: PoolingOption = _EMBED.pooling,
     layer: LayerOption = _EMBED.layer,
@@ -139,7 +145,7 @@ def verify(
     config = EmbedConfig(
         model=model, compute_dtype=compute_dtype, max_tokens=max_tokens, device=device, encoder=encoder,
         pooling=pooling, layer=layer, prompt_template=prompt_template, response_template=response_template,
-        chat_template=chat_template,
+        chat_template=chat_template, truncate_dim=truncate_dim, revision=revision, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     mended = _repair(opened, config) if repair else None
     total = sum(path.stat().st_size for path in Path(cache).glob("spaces/*/shards/*.h5"))

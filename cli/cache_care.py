@@ -137,6 +137,7 @@ def export(
         print_json({"path": str(cache), "format": form, "spaces": spaces})
         return
     for one in written:
-        typer.echo(f"{one.role} {one.space_id[:8]}: {one.rows:,} vectors, {one.texts:,} with text")
+        states = f", {one.tokens:,} token states" if one.tokens else ""
+        typer.echo(f"{one.role} {one.space_id[:8]}: {one.rows:,} vectors, {one.texts:,} with text{states}")
         for path in one.paths:
             typer.echo(f"  {path}")

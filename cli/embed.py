@@ -23,6 +23,9 @@ from .options import (
     PoolingOption,
     PromptTemplateOption,
     ResponseTemplateOption,
+    RevisionOption,
+    TruncateDimOption,
+    TrustOption,
     parse_pairs,
 )
 
@@ -43,12 +46,8 @@ def embed(
     *,
     cache: Annotated[Path, typer.Option(help="The cache folder, made where it is missing.", show_default=False)],
     model: Annotated[str, typer.Option(help="minilm, a model's id on the hub, or a folder.")] = _EMBED.model,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a hub model.", show_default=False)
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the model run its own code.")
-    ] = False,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
     name: Annotated[
         str | None,
         typer.Option(help="Name of the table in the cache.  [default: the first file's]", show_default=False),
@@ -78,6 +77,7 @@ def embed(
     max_tokens: Annotated[
         int | None, typer.Option(help="Truncate texts to this many tokens.  [default: the model's]", show_default=False)
     ] = None,
+    truncate_dim: TruncateDimOption = None,
     token_budget: Annotated[
         int | None, typer.Option(help="Padded tokens per batch.  [default: by device]", show_default=False)
     ] = None,
@@ -117,6 +117,7 @@ def embed(
         compute_dtype=compute_dtype,
         dtype=dtype,
         max_tokens=max_tokens,
+        truncate_dim=truncate_dim,
         token_budget=token_budget,
         shard_rows=shard_rows,
         encoder=encoder,

@@ -22,6 +22,14 @@ UnknownUsersOption = Annotated[
     UnknownUsers, typer.Option(help="Users the head does not know: refuse, score with the mean mixture, or drop.")
 ]
 
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.", show_default=False)]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model run its own code.")]
+TruncateDimOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Keep this many values of a vector (sentence-transformers).  [default: the model's]", show_default=False
+    ),
+]
 EncoderOption = Annotated[
     EncoderKind,
     typer.Option(

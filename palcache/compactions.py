@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from palcache.errors import CacheError, InputError
 from palcache.files import write_bytes
 from palcache.fingerprints import Keys, canonical_json, hex_key
 from palcache.indexes import KeyIndex
+from palcache.layouts import TOKEN_SHARD_BYTES
 from palcache.locks import locked, rewriting
 from palcache.references import named_spaces, wanted_keys
 from palcache.shards import FAILED, Shard
@@ -172,18 +173,24 @@ def _plan_space(space: Space, wanted: Keys, shard_rows: int) -> _SpacePlan:
         rows = rows[~first[at[rows]]]
         first[at[rows]] = True
         keep.append(rows)
-    whole = [len(rows) == shard.header.rows for shard, rows in zip(space.shards, keep, strict=True)]
-    joins = "tokens" not in space.spec  # shards of token states are small in rows, not in bytes
-    small = [joins and good and len(rows) < shard_rows // 2 for good, rows in zip(whole, keep, strict=True)]
-    alone = sum(small) < 2 and all(whole)
+    parts = list(zip(space.shards, keep, strict=True))
+    joined = Counter(_made_by(shard) for shard, rows in parts if _is_small(shard, rows, shard_rows))
     replaced = [
         (shard, rows)
-        for shard, rows, good, little in zip(space.shards, keep, whole, small, strict=True)
-        if not good or (little and not alone)
+        for shard, rows in parts
+        if len(rows) < shard.header.rows or (_is_small(shard, rows, shard_rows) and joined[_made_by(shard)] > 1)
     ]
-    if len(replaced) == 1 and len(replaced[0][1]) == replaced[0][0].header.rows:  # nothing to join it with
-        replaced = []
     return _SpacePlan(space, replaced, len(space) - sum(map(len, keep)))
+
+
+def _is_small(shard: Shard, rows: _Rows, shard_rows: int) -> bool:
+    """Return whether what stays of a shard fills less than half of a new one."""
+    return len(rows) < shard_rows // 2 and int(shard.token_nbytes(rows).sum()) < TOKEN_SHARD_BYTES // 2
+
+
+def _made_by(shard: Shard) -> bytes:
+    """Return the libraries and device that wrote a shard: rows of others stay apart."""
+    return canonical_json(dict(shard.header.versions))
 
 
 def _rewrite(cache: Cache, plan: _SpacePlan, shard_rows: int) -> Iterator[int]:
@@ -196,10 +203,8 @@ def _rewrite(cache: Cache, plan: _SpacePlan, shard_rows: int) -> Iterator[int]:
             )
     folder = plan.space.shard_folder
     groups: defaultdict[bytes, list[tuple[Shard, _Rows]]] = defaultdict(list)
-    joins = "tokens" not in plan.space.spec
-    for shard, rows in plan.replaced:  # rows of other libraries or devices stay apart
-        about = dict(shard.header.versions) if joins else {"shard": shard.path.name}
-        groups[canonical_json(about)].append((shard, rows))
+    for shard, rows in plan.replaced:
+        groups[_made_by(shard)].append((shard, rows))
     added: dict[Path, int] = {}
     for group in groups.values():
         for chunk in _chunks(group, shard_rows):
@@ -211,17 +216,21 @@ def _rewrite(cache: Cache, plan: _SpacePlan, shard_rows: int) -> Iterator[int]:
 
 
 def _chunks(group: Sequence[tuple[Shard, _Rows]], size: int) -> Iterator[list[tuple[Shard, _Rows]]]:
-    """Yield rows of shards in order, `size` at a time."""
+    """Yield rows of shards in order, `size` at a time, or fewer where their token states would be too many."""
     chunk: list[tuple[Shard, _Rows]] = []
-    room = size
+    room, nbytes = size, TOKEN_SHARD_BYTES
     for shard, taken in group:
-        rows = taken
+        rows, ends = taken, np.cumsum(shard.token_nbytes(taken))
         while len(rows):
-            chunk.append((shard, rows[:room]))
-            room, rows = room - len(rows[:room]), rows[room:]
-            if not room:
+            count = min(room, int(np.searchsorted(ends, nbytes, side="right")))
+            count = max(count, not chunk)  # a row with more than a shard should hold has one of its own
+            if count:
+                chunk.append((shard, rows[:count]))
+                room, nbytes = room - count, nbytes - int(ends[count - 1])
+                rows, ends = rows[count:], ends[count:] - ends[count - 1]
+            if len(rows) or not room:
                 yield chunk
-                chunk, room = [], size
+                chunk, room, nbytes = [], size, TOKEN_SHARD_BYTES
     if chunk:
         yield chunk
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from palcache.files import publish
 from palcache.layouts import Array, ShardHeader, TokenRows, create_shard
-from palcache.shards import ShardWriter
+from palcache.shards import ShardWriter, token_places
 
 Part = tuple[Mapping[str, Array], Array]
 """Every dataset of a shard with something of its rows, by name, and the numbers of the rows to take, (m,)."""
@@ -69,11 +69,7 @@ def draft_rows(draft: Path, header: ShardHeader, parts: Sequence[Part]) -> str:
 
 def _tokens(sources: Sequence[Part]) -> TokenRows:
     """Return which tokens of rows of other shards have their states kept."""
-    starts = [(arrays, arrays["tok/offsets"][rows], arrays["tok/offsets"][rows + 1]) for arrays, rows in sources]
-    lengths = np.concatenate([ends - begins for _, begins, ends in starts])
-    ids = [
-        arrays["tok/ids"][begin:end]
-        for arrays, begins, ends in starts
-        for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)
-    ]
-    return TokenRows(np.concatenate([[0], np.cumsum(lengths)]), np.concatenate([*ids, np.empty(0, np.uint32)]))
+    offsets = [(arrays["tok/offsets"], rows) for arrays, rows in sources]
+    lengths = np.concatenate([starts[rows + 1] - starts[rows] for starts, rows in offsets])
+    ids = [arrays["tok/ids"][token_places(arrays["tok/offsets"], rows)] for arrays, rows in sources]
+    return TokenRows(np.concatenate([[0], np.cumsum(lengths)]), np.concatenate(ids))

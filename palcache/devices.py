@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import torch
 
@@ -15,6 +16,10 @@ from palcache.errors import InputError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+KEPT_BYTES: Final = 1 << 30
+_TRIM_THRESHOLD: Final = -1
+_MMAP_THRESHOLD: Final = -3
+"""Options of glibc's `mallopt`, as in malloc.h."""
 
 
 def resolve_device(device: str) -> torch.device:
@@ -114,3 +119,15 @@ def side_by_side(work: Callable[[Item], Result], items: Sequence[Item], device: 
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # a worker's share becomes the default of the process
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep freed memory for the next tensors of this process; without glibc nothing happens.
+
+    By default glibc gives large blocks back at once, and every operation on a stack of heads then waits for the kernel to
+    find and clear its pages again: a quarter of the time of a step.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL("libc.so.6")
+        for option in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
+            library.mallopt(option, KEPT_BYTES)

@@ -19,6 +19,7 @@ import pyarrow as pa
 KEY_BYTES = 16
 Keys = npt.NDArray[np.uint8]
 """Row keys, shape (n, 16)."""
+UInt64 = npt.NDArray[np.uint64]
 
 
 def canonical_json(value: Any) -> bytes:
@@ -105,3 +106,11 @@ def arrays_digest(arrays: Mapping[str, npt.NDArray[Any]]) -> str:
 def hex_key(key: npt.NDArray[np.uint8]) -> str:
     """Return a row key as hexadecimal text."""
     return key.tobytes().hex()
+
+
+def well_mixed(x: UInt64) -> UInt64:
+    """Return the splitmix64 finaliser of x (Steele, Lea and Flood, OOPSLA 2014): every input bit moves every output."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

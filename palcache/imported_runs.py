@@ -7,16 +7,10 @@ from pathlib import Path
 
 from palcache.checkpoints import TrainedHead, load_head, save_head
 from palcache.errors import InputError
-from palcache.files import storage_errors, write_json
+from palcache.files import read_json, storage_errors, write_json
 from palcache.heads import head_to_dict
-from palcache.published import (
-    PublishedCheckpoint,
-    PublishedOptions,
-    read_encoder,
-    read_published,
-    write_encoder,
-    write_published,
-)
+from palcache.published import PublishedCheckpoint, PublishedOptions
+from palcache.published_files import read_encoder, read_published, write_encoder, write_published
 from palcache.run_folders import FORMAT, VERSION
 
 
@@ -37,16 +31,17 @@ def import_checkpoint(
         run: the run folder to be made.
         options: what the file does not hold.
         encoder_out: the transformers folder to be made.
-        encoder_config: a folder with the foundation model's `config.json` and tokenizer.
+        encoder_config: a folder with the foundation model's `config.json` and tokenizer; None takes the one beside the
+            checkpoint.
 
     Raises:
-        InputError: a folder exists, the checkpoint is of another layout or needs pickle, or `encoder_config` is missing.
+        InputError: a folder exists, the checkpoint is of another layout or needs pickle, or there is no `config.json`.
     """
     for folder, option in ((run, "--run"), (encoder_out, "--encoder-out")):
         if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"{folder} exists; name a new folder with {option}.")
     if encoder_out is not None and encoder_config is None:
-        raise InputError("A transformers folder needs the model's config.json; name its folder with --encoder-config.")
+        encoder_config = _config_beside(checkpoint)
     found = read_published(checkpoint, options)
     about = {"imported": {"checkpoint": checkpoint.name}}
     head = TrainedHead(found.head.shape, found.head.parameters, found.head.users, about)
@@ -57,6 +52,21 @@ def import_checkpoint(
     save_head(run / "head.safetensors", head)
     write_json(run / "config.json", {"format": FORMAT, "version": VERSION, "head": head_to_dict(head.shape), **about})
     return replace(found, head=head)
+
+
+def _config_beside(checkpoint: Path) -> Path:
+    """Return the one folder with a model's `config.json`: the checkpoint's own, or one in it."""
+    beside = checkpoint.parent
+    found = [folder for folder in (beside, *sorted(beside.glob("*/"))) if (folder / "config.json").is_file()]
+    models = [
+        folder for folder in found if "model_type" in read_json(folder / "config.json", "a model's configuration")
+    ]
+    if len(models) != 1:
+        raise InputError(
+            f"A transformers folder needs the model's config.json, and {len(models)} folders beside {checkpoint} have one; "
+            "name the right one with --encoder-config."
+        )
+    return models[0]
 
 
 def export_checkpoint(run: Path, checkpoint: Path, *, encoder: Path | None = None) -> TrainedHead:

@@ -47,6 +47,8 @@ SUMMED: Final = (POOLED, "norm", "key", "n_tokens", "flags")
 """The datasets of every shard that have a sum per `BLOCK_ROWS` rows."""
 _MORE: Final = (PROMPT, *SCALES.values(), "n_prompt", TOKENS, "tok/offsets", "tok/ids", COSINE)
 """The datasets that some shards have, with a sum each."""
+TOKEN_SHARD_BYTES: Final = 1 << 30
+"""Token states that a shard should hold at most; writers go by an estimate from the lengths of its texts."""
 _METADATA_BYTES: Final = 256 << 10
 """What HDF5 takes at most beside the rows: some 40 objects, aligned."""
 Array = npt.NDArray[Any]
@@ -136,6 +138,11 @@ def create_shard(
             draft.replace(path)
         finally:
             draft.unlink(missing_ok=True)
+
+
+def data_nbytes(header: ShardHeader, tokens: int | None) -> int:
+    """Return the bytes of a shard's datasets; `tokens` is the number of kept states, None where none are kept."""
+    return _nbytes(_shapes(header, tokens))
 
 
 def _nbytes(shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
@@ -236,7 +243,7 @@ def open_shard(path: Path, *, shared: bool) -> tuple[ShardHeader, dict[str, Arra
     try:
         with h5py.File(path, "r", locking=False) as file:
             header, places = _read_places(file, path)
-        arrays = _map_datasets(path, places, shared=shared)
+        arrays = map_datasets(path, places, shared=shared)
     except CacheError:
         raise
     except Exception as error:  # a flipped bit in HDF5's own bytes fails in a dozen ways
@@ -282,7 +289,7 @@ def _find_dataset(file: Any, path: Path, name: str, dtype: str, shape: tuple[int
     return offset, np.dtype(dtype), shape
 
 
-def _map_datasets(path: Path, places: Mapping[str, _Place], *, shared: bool) -> dict[str, Array]:
+def map_datasets(path: Path, places: Mapping[str, _Place], *, shared: bool) -> dict[str, Array]:
     """Return datasets as arrays over one memory map of the file.
 
     A shared map writes to the file. Otherwise the map is copy-on-write: readers need no lock, survive a fork, and a

@@ -33,13 +33,11 @@ class StoredVectors:
         values: (m, d); bfloat16 as its bits in uint16.
         norms: Euclidean norms before, (m,).
         scales: of int8, what a row's bytes are multiplied with, (m,); else None.
-        cosines: of the stored vector to what was computed, (m,); 1 where both are zero.
     """
 
     values: npt.NDArray[Any]
     norms: npt.NDArray[np.float32]
     scales: npt.NDArray[np.float32] | None
-    cosines: npt.NDArray[np.float32]
 
 
 def to_stored(vectors: torch.Tensor, dtype: StoredDtype) -> StoredVectors:
@@ -57,31 +55,43 @@ def to_stored(vectors: torch.Tensor, dtype: StoredDtype) -> StoredVectors:
     vectors = vectors.float()
     norms = torch.linalg.vector_norm(vectors, dim=1)
     _refuse(~torch.isfinite(norms), "A vector is not finite", finite=False)
-    scales: torch.Tensor | None = None
-    if dtype == "int8":
-        scales = vectors.abs().amax(dim=1) / INT8_MAX
-        stored = (vectors / torch.where(scales > 0, scales, 1.0)[:, None]).round().clamp(-INT8_MAX, INT8_MAX).char()
-    else:
-        stored = vectors.to(getattr(torch, dtype))
+    stored, scales = _rounded(vectors, dtype)
     if dtype == "float16":
         _refuse(torch.isinf(stored).any(dim=1), "A vector has a value beyond the range of float16 (65504)", finite=True)
-    cosines = torch.ones_like(norms) if dtype == "float32" else _cosines(vectors, stored.float())
     values: npt.NDArray[Any] = (stored.view(torch.int16) if dtype == "bfloat16" else stored).cpu().numpy()
     return StoredVectors(
         values.view(np.uint16) if dtype == "bfloat16" else values,
         norms.cpu().numpy(),
         None if scales is None else scales.cpu().numpy(),
-        cosines.cpu().numpy(),
     )
 
 
-def _cosines(exact: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
-    """Return the cosine of each stored vector to the exact one; a row's scale has no part in it."""
+def _rounded(vectors: torch.Tensor, dtype: StoredDtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return vectors in a stored type, and of int8 the scale of each row."""
+    if dtype != "int8":
+        return vectors.to(getattr(torch, dtype)), None
+    scales = vectors.abs().amax(dim=1) / INT8_MAX
+    steps = vectors / torch.where(scales > 0, scales, 1.0)[:, None]
+    return steps.round().clamp(-INT8_MAX, INT8_MAX).char(), scales
+
+
+def stored_cosines(vectors: torch.Tensor, dtype: StoredDtype) -> npt.NDArray[np.float32]:
+    """Return the cosine of each vector as it is stored to what was computed, (m,); 1 where both are zero.
+
+    This takes longer than storing them, so it is for a sample.
+
+    Args:
+        vectors: (m, d) float32.
+        dtype: the stored type.
+    """
+    exact = vectors.float()
+    stored = _rounded(exact, dtype)[0].float()  # a row's scale has no part in its cosine
     stored = stored / stored.abs().amax(dim=1, keepdim=True).clamp(min=1e-38)
     exact = exact / exact.abs().amax(dim=1, keepdim=True).clamp(min=1e-38)
     product = torch.linalg.vector_norm(stored, dim=1) * torch.linalg.vector_norm(exact, dim=1)
     cosines = (exact * stored).sum(dim=1) / torch.where(product > 0, product, 1.0)
-    return torch.where((exact == 0).all(dim=1), 1.0, cosines)
+    found: npt.NDArray[np.float32] = torch.where((exact == 0).all(dim=1), 1.0, cosines).cpu().numpy()
+    return found
 
 
 def _refuse(bad: torch.Tensor, message: str, *, finite: bool) -> None:

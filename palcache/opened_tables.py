@@ -15,10 +15,11 @@ from palcache.cache import Cache
 from palcache.checkpoints import TrainedHead
 from palcache.comparison_files import StoredComparisons
 from palcache.comparisons import Comparisons
+from palcache.configs import FitConfig
 from palcache.errors import InputError, MismatchError
 from palcache.files import read_json
 from palcache.reductions import ReducedComparisons, float64_device, reduce_comparisons
-from palcache.run_data import load_vectors
+from palcache.run_data import load_vectors, served
 from palcache.tables import read_comparisons
 from palcache.tensors import PreferenceData
 from palcache.user_files import SEEN, load_users
@@ -95,8 +96,13 @@ def open_table(
             f"{cache.path}; add them with palcache embed {source} --cache {cache.path} "
             f"--model {config['encoder'].get('model')}{options}."
         )
-    data = load_vectors(cache, stored, spaces, device)
+    data = _load(cache, stored, config, device)
     return OpenedTable(stored.name, stored.comparisons, data, head.to(data.device))
+
+
+def _load(cache: Cache, stored: StoredComparisons, config: Mapping[str, Any], device: str) -> PreferenceData:
+    """Return a table as a run's rewards are served on it."""
+    return served(load_vectors(cache, stored, config["spaces"], device, FitConfig.from_mapping(config["fit"])))
 
 
 def _missing(cache: Cache, stored: StoredComparisons, spaces: Mapping[str, str]) -> tuple[int, int]:
@@ -136,7 +142,7 @@ def population_of(path: Path, cache: Cache, opened: OpenedTable) -> Population:
             f"The run {path} has no {SEEN}, and {cache.path} lacks its table {name}; train it again with palcache "
             "train-head, or name the cache that it was trained on."
         )
-    data = load_vectors(cache, stored, config["spaces"], str(opened.data.device))
+    data = _load(cache, stored, config, str(opened.data.device))
     column = stored.comparisons.split
     of_head = set(head.users)
     known = np.array([user in of_head for user in data.users], bool)[stored.comparisons.users.codes]

@@ -1,4 +1,4 @@
-"""The published implementation's checkpoints: Lightning `.ckpt` files, read without unpickling anything, and written.
+"""The published implementation's state dict, in and out.
 
 Its layout (github RamyaLab/pluralistic-alignment), under `prefLearner.` in the key `state_dict`: `logit_scale`; PAL-B's f
 under `projector_f` and again under `item_learner.projector`, its g_j under `user_learner.projectors.{j}`; PAL-A's f under
@@ -10,20 +10,15 @@ numbered with their dropout and activation, which hold no values: neither is in 
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Final, final
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from palcache.checkpoints import TrainedHead
 from palcache.choices import Mixture, Score, UserForm
-from palcache.errors import CacheError, InputError
-from palcache.files import storage_errors, write_with
+from palcache.errors import InputError
 from palcache.heads import PalA, PalB, Parameters, Projector, head_from_dict, head_to_dict
 
 PREFIX: Final = "prefLearner."
@@ -40,7 +35,6 @@ _NORM: Final = {
 }
 _LAYER = re.compile(r"(?:projector_f|projector)\.mlp\.layers\.(\d+)\.(\w+)")
 _SHOWN: Final = 4
-_TOKENIZER: Final = ("*.json", "*.txt", "*.model")
 
 
 @final
@@ -69,42 +63,14 @@ class PublishedOptions:
         score: how an item and an ideal point make a reward.
         user_form: how a PAL-A ideal point is made.
         mixture: how user weights become a point of the simplex.
+        width: of the encoder's vectors, which a PAL-B head with projector `identity` does not show.
     """
 
     projector: str | None = None
     score: Score | None = None
     user_form: UserForm | None = None
     mixture: Mixture | None = None
-
-
-def read_published(path: Path, options: PublishedOptions | None = None) -> PublishedCheckpoint:
-    """Read a published checkpoint; nothing in it is unpickled but tensors and plain values.
-
-    Args:
-        path: a `.ckpt` file.
-        options: what the file does not hold.
-
-    Raises:
-        InputError: the file would need pickle, or is of another layout (the message names keys).
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise InputError(f"There is no checkpoint {path}.") from error
-    except UnpicklingError as error:
-        raise InputError(
-            f"{path} holds more than tensors and plain values, so reading it would run code that it brings; save its "
-            'state dict alone where you trust it: torch.save({"state_dict": model.state_dict()}, path).'
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path} cannot be read as a checkpoint ({type(error).__name__}: {error}).") from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise InputError(
-            f"{path} holds no state dict of tensors; expected a Lightning checkpoint of the published code."
-        )
-    about = content.get("palcache")
-    return from_state(state, options, origin=str(path), about=about if isinstance(about, dict) else None)
+    width: int | None = None
 
 
 def from_state(
@@ -129,11 +95,11 @@ def from_state(
     encoder = {name.removeprefix(MODEL): value for name, value in bare.items() if name.startswith(MODEL)}
     bare = {name: value for name, value in bare.items() if not _of_model(name)}
     written = [name.removeprefix(WEIGHTS) for name in bare if name.startswith(WEIGHTS)]
-    shape, assumed = _infer(bare, len(written), options or PublishedOptions(), origin)
-    users = tuple(written)
-    if about is not None:
-        known, users = head_from_dict(about["shape"]), tuple(about["users"])
-        shape, assumed = (known, None) if isinstance(known, PalA | PalB) else (shape, assumed)
+    known, users = (None, tuple(written)) if about is None else (head_from_dict(about["shape"]), tuple(about["users"]))
+    if isinstance(known, PalA | PalB):
+        shape, assumed = known, None
+    else:
+        shape, assumed = _infer(bare, len(written), options or PublishedOptions(), origin)
     layout = list(_layout(shape, written))
     expected = {name for name, _, _ in layout} | set(TEMPERATURES)
     _refuse_other(expected - bare.keys(), bare.keys() - expected, origin)
@@ -164,33 +130,46 @@ def _infer(
 ) -> tuple[PalA | PalB, str | None]:
     """Return the shape that the tensors have, and the projector's name where it had to be assumed."""
     weights = next((value for name, value in bare.items() if name.startswith(WEIGHTS)), None)
-    pal_b = "projector_f.mlp.layers.0.weight" in bare
-    first = bare.get("projector_f.mlp.layers.0.weight" if pal_b else "projector.mlp.layers.0.weight")
-    temperature = bare.get(TEMPERATURES[0])
-    if weights is None or first is None or temperature is None or first.dim() != 2:
-        needed = {TEMPERATURES[0], f"{WEIGHTS}<user>", "projector_f.mlp.layers.0.weight"}
+    temperature, prototypes = bare.get(TEMPERATURES[0]), bare.get("user_learner.P")
+    first = "projector_f.mlp.layers.0.weight" if prototypes is None else "projector.mlp.layers.0.weight"
+    identity = options.projector == "identity"
+    if weights is None or temperature is None or not (identity or first in bare):
+        needed = {TEMPERATURES[0], f"{WEIGHTS}<user>", *(() if identity else (first,))}
         found = {name for name in needed if name in bare or (weights is not None and name.startswith(WEIGHTS))}
         _refuse_other(needed - found, set(bare) - needed, origin)
-    assert weights is not None and first is not None and temperature is not None  # noqa: S101, PT018 - refused above
-    (p, d), k, t = first.shape, weights.numel(), float(temperature.reshape(-1)[0])
-    name = options.projector or _projector_name(bare, pal_b=pal_b, square=d == p)
+    assert weights is not None and temperature is not None  # noqa: S101, PT018 - refused above
+    p, d = (_width(prototypes, options, origin),) * 2 if identity else bare[first].shape
+    k, t = weights.numel(), float(temperature.reshape(-1)[0])
+    name = _projector_name(bare, options.projector, pal_b=prototypes is None, square=d == p)
     assumed = None if options.projector else name
     mixture: Mixture = options.mixture or "softmax"
-    if pal_b:
+    if prototypes is None:
         return PalB(d, p, k, users, name, t, options.score or "angle", mixture), assumed
-    prototypes = bare.get("user_learner.P")
-    form: UserForm = "Pw" if prototypes is not None and prototypes.shape[-1] == p != d else "f(Pw)"
+    form: UserForm = "Pw" if prototypes.shape[-1] == p != d else "f(Pw)"
     return PalA(d, p, k, users, name, t, options.score or "dist", options.user_form or form, mixture), assumed
 
 
-def _projector_name(bare: Mapping[str, torch.Tensor], *, pal_b: bool, square: bool) -> str:
-    """Return the name that the layers' tensors fit, with the published activation: GELU, or for PAL-A ReLU and residual."""
+def _width(prototypes: torch.Tensor | None, options: PublishedOptions, origin: str) -> int:
+    """Return the width of a head without projectors."""
+    width = options.width if prototypes is None else prototypes.shape[-1]
+    if width is None:
+        raise InputError(f"{origin} does not show the width of the vectors that it reads; give it with --width.")
+    return width
+
+
+def _projector_name(bare: Mapping[str, torch.Tensor], given: str | None, *, pal_b: bool, square: bool) -> str:
+    """Return the given name, or the one that the layers' tensors fit with the published activation: GELU, PAL-A's ReLU.
+
+    The published code overlooks `-nobias` after another ending, so whether there are biases is read off the tensors.
+    """
     layers = {(int(m[1]), m[2]): value for name, value in bare.items() if (m := _LAYER.fullmatch(name))}
+    bias = (0, "bias") in layers
+    if given is not None:
+        return given.removesuffix("-nobias") if bias else given
     linear = [at for (at, what), value in layers.items() if what == "weight" and value.dim() == 2]
     batchnorm = any(what == "running_mean" for _, what in layers)
     style = "gelu-dropout0" if pal_b else "relu-dropout0" + ("-residual" if square else "")
-    ending = ("-batchnorm" if batchnorm else "") + ("" if (0, "bias") in layers else "-nobias")
-    return f"mlp{len(linear) - 1}-{style}{ending}"
+    return f"mlp{len(linear) - 1}-{style}" + ("-batchnorm" if batchnorm else "") + ("" if bias else "-nobias")
 
 
 def _layout(shape: PalA | PalB, users: Sequence[str]) -> Iterator[tuple[str, str, int | None]]:
@@ -245,78 +224,23 @@ def to_state(head: TrainedHead, encoder: Mapping[str, torch.Tensor] | None = Non
     Dots in user ids, which the published code cannot have, become `%2E` (and `%` becomes `%25`).
 
     Args:
-        head: PAL-A or PAL-B, with a projector that is not the identity.
+        head: PAL-A or PAL-B.
         encoder: the foundation model's weights by name.
 
     Raises:
         InputError: the head has no place in the published layout.
     """
     shape = head.shape
-    if not isinstance(shape, PalA | PalB) or shape.items.hidden < 0:
+    if not isinstance(shape, PalA | PalB):
         kind = head_to_dict(shape)["head"]
-        raise InputError(
-            f"The published layout has no place for {kind} with this projector; export pal-a or pal-b with layers."
-        )
+        raise InputError(f"The published layout has no place for {kind}; export pal-a or pal-b.")
     state: dict[str, torch.Tensor] = {}
     users = [user.replace("%", "%25").replace(".", "%2E") for user in head.users]
     for published, own, row in _layout(shape, users):
         value = head.parameters[own].detach().cpu()
         state[PREFIX + published] = (value if row is None else value[row]).clone()
-    for name in TEMPERATURES:
-        state[PREFIX + name] = torch.tensor([shape.temperature])
+    temperature = torch.tensor([shape.temperature], dtype=head.parameters["logit_scale"].dtype)
+    state |= {PREFIX + name: temperature.clone() for name in TEMPERATURES}
     for learner in LEARNERS:
         state |= {f"{PREFIX}{learner}{MODEL}{name}": value for name, value in (encoder or {}).items()}
     return state
-
-
-def write_published(path: Path, head: TrainedHead, encoder: Mapping[str, torch.Tensor] | None = None) -> None:
-    """Replace `path` by a head in the published layout, with the whole shape and the users' own ids noted beside it.
-
-    Raises:
-        InputError: the head has no place in the published layout.
-    """
-    content = {
-        "state_dict": to_state(head, encoder),
-        "epoch": 0,
-        "global_step": 0,
-        "pytorch-lightning_version": "2.0.0",
-        "palcache": {"shape": head_to_dict(head.shape), "users": list(head.users)},
-    }
-    write_with(path, lambda temporary: torch.save(content, temporary))
-
-
-def write_encoder(folder: Path, encoder: Mapping[str, torch.Tensor], config: Path) -> None:
-    """Make a transformers folder of a checkpoint's foundation model.
-
-    Args:
-        folder: to be made.
-        encoder: its weights.
-        config: a folder with the model's `config.json`, and its tokenizer's files where they are to be kept.
-
-    Raises:
-        InputError: the checkpoint has no foundation model, or the folder has no `config.json`.
-    """
-    if not encoder:
-        raise InputError("The checkpoint holds no foundation model; leave out --encoder-out.")
-    if not (config / "config.json").is_file():
-        raise InputError(f"{config} has no config.json; name the folder of the model that was fine-tuned.")
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for pattern in _TOKENIZER:
-            for file in sorted(config.glob(pattern)):
-                if not file.name.endswith(".index.json"):  # of weights in several files, which are not taken along
-                    shutil.copyfile(file, folder / file.name)
-    weights = {name: value.contiguous().clone() for name, value in encoder.items()}
-    write_with(folder / "model.safetensors", lambda temporary: save_file(weights, temporary, {"format": "pt"}))
-
-
-def read_encoder(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the weights of a transformers folder by name.
-
-    Raises:
-        CacheError: it has no `model.safetensors`.
-    """
-    path = folder / "model.safetensors"
-    if not path.is_file():
-        raise CacheError(f"{folder} has no model.safetensors; export takes a folder that checkpoint import made.")
-    return load_file(path)

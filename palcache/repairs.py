@@ -30,7 +30,7 @@ from palcache.salvages import Salvage, is_whole, likely_headers, read_versions, 
 from palcache.shards import TRUNCATED, ShardWriter
 from palcache.summaries import EmbedSummary, OnProgress
 from palcache.verification import role_of, spaces_of_encoder
-from palcache.works import tokenize_items
+from palcache.works import token_rows, tokenize_items
 from palcache.writers import SpaceWriter, Work
 
 DAMAGED: Final = ".damaged"
@@ -79,7 +79,7 @@ def repair_cache(
         on_progress: called after each batch.
 
     Raises:
-        CacheError: another process writes the cache, or a damaged shard keeps token states; nothing was changed.
+        CacheError: another process writes the cache; nothing was changed.
         MismatchError: the model filled no space of the cache; the message names the fields that differ.
         StorageError: the disk is full or read-only.
     """
@@ -101,7 +101,6 @@ class _Repairer:
         paths = [(space_id, path) for space_id in cache.space_ids for path in cache.shard_paths(space_id)]
         whole = {path: is_whole(path) for _, path in paths}
         self.damaged = [(space_id, path) for space_id, path in paths if not whole[path]]
-        _refuse_tokens(cache, self.damaged)
         found = [read_versions(path) for path in whole if whole[path]]
         self.versions = [versions for versions in found if versions is not None]
 
@@ -188,7 +187,7 @@ class _Repairer:
         """Write the sound rows into a new shard that takes the place of the damaged one."""
         rows = np.flatnonzero(salvage.sound)
         folder, sequence = salvage.path.parent, int(salvage.path.name[:6])
-        added = dict([copy_rows(folder, sequence, salvage.header, [(salvage.arrays, rows)])]) if len(rows) else {}
+        added = dict([copy_rows(folder, sequence, salvage.header, [(salvage.trusted, rows)])]) if len(rows) else {}
         self.cache.swap_shards(space_id, added, [salvage.path])
         if added:
             self.rewritten += 1
@@ -197,10 +196,9 @@ class _Repairer:
 
     def _begin_again(self, space_id: str, salvage: Salvage, known: Items) -> None:
         """Leave the shard as a killed writer would have: sound rows done, the damaged ones to do; the damaged file aside."""
-        encoder = self.load()
-        role = role_of(self.cache.spec(space_id))
+        encoder, spec = self.load(), self.cache.spec(space_id)
         rows = KeyIndex.build(known.keys).find(salvage.keys)
-        window = tokenize_items(encoder, role, known.texts, known.prompts, rows)
+        window = tokenize_items(encoder, role_of(spec), known.texts, known.prompts, rows)
         folder, sequence = salvage.path.parent, int(salvage.path.name[:6])
         with locked(folder.parent / ".lock"):
             claim = make_claim(folder, sequence, salvage.keys)
@@ -213,9 +211,10 @@ class _Repairer:
                     window.n_tokens,
                     flags,
                     prompt_tokens=window.prompt_tokens,
+                    tokens=token_rows(window, spec.get("tokens")),
                 )
-                rows = np.flatnonzero(salvage.sound)
-                ShardWriter(claim.partial).copy(rows, salvage.arrays, rows)
+                rows = np.flatnonzero(salvage.sound & (window.n_tokens == salvage.arrays["n_tokens"]))
+                ShardWriter(claim.partial).copy(rows, salvage.trusted, rows)
                 salvage.path.rename(salvage.path.with_suffix(DAMAGED))
             finally:
                 claim.release()
@@ -261,15 +260,6 @@ class _Repairer:
         """Return the model if it fills a space."""
         encoder = self.load()
         return encoder if space_id in spaces_of_encoder(self.cache, encoder) else None
-
-
-def _refuse_tokens(cache: Cache, damaged: Sequence[tuple[str, Path]]) -> None:
-    for space_id, path in damaged:
-        if "tokens" in cache.spec(space_id):
-            raise CacheError(
-                f"{path} is damaged and keeps token states, which are not mended; delete the file and run the same palcache "
-                "embed again."
-            )
 
 
 def _sound_tables(cache: Cache) -> list[StoredComparisons]:

@@ -9,6 +9,8 @@ RUN/
   user_blind.safetensors  the k = 1 yardstick, trained with the same settings
   history.csv           every evaluation
   metrics.json          test and validation, yardsticks beside them; no wall times: the same seed gives the same bytes
+  predictions.safetensors  what head and yardsticks predict on validation and test, comparison by comparison
+  prototypes.json       what sets the prototypes apart (heads that have them)
   curves.png
   state.safetensors     where to go on; only while training is unfinished
 ```
@@ -17,7 +19,7 @@ RUN/
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -30,12 +32,15 @@ from palcache.checkpoints import TrainedHead, load_head, save_head
 from palcache.comparison_files import StoredComparisons
 from palcache.configs import FitConfig, HeadConfig, UnknownUsers
 from palcache.errors import CacheError, InputError, MismatchError
-from palcache.evaluation import Evaluation, evaluate_head, evaluate_longer
+from palcache.evaluation import Evaluation, token_accuracy
 from palcache.files import read_json, write_json
 from palcache.heads import head_to_dict
+from palcache.predictions import PREDICTIONS, Predictions, evaluate_predictions, predict_splits, save_predictions
+from palcache.prototypes import PROTOTYPES, describe_prototypes, has_prototypes, save_prototypes
 from palcache.reductions import is_reducible
 from palcache.reports import draw_history, write_history
 from palcache.run_data import EVALUATED, RunSplit
+from palcache.token_batches import TokenData
 from palcache.training import FitResult
 from palcache.user_files import SEEN, UserTable, save_users
 
@@ -163,15 +168,21 @@ def load_run(path: Path) -> RunResult:
             f"The run {path} was imported, not trained; evaluate it with palcache evaluate {path} --cache ...."
         )
     require_complete(path)
+    return RunResult(path, load_head(path / "head.safetensors"), read_evaluations(path), 0.0, None)
+
+
+def read_evaluations(path: Path) -> dict[str, dict[str, Evaluation]]:
+    """Return the evaluations of a complete run by split and rule, as they were written.
+
+    Raises:
+        CacheError: the file is missing or damaged.
+    """
     metrics = read_json(path / "metrics.json", "a run's metrics")
     try:
         by_rule = {"head": metrics, **metrics["yardsticks"]}
-        evaluations = {
-            split: {rule: Evaluation.from_dict(by_rule[rule][split]) for rule in RULES} for split in EVALUATED
-        }
+        return {split: {rule: Evaluation.from_dict(by_rule[rule][split]) for rule in RULES} for split in EVALUATED}
     except (KeyError, TypeError) as error:
         raise CacheError(f"{path / 'metrics.json'} is damaged ({type(error).__name__}: {error}).") from error
-    return RunResult(path, load_head(path / "head.safetensors"), evaluations, 0.0, None)
 
 
 def begin_run(path: Path, about: Mapping[str, Any]) -> None:
@@ -196,7 +207,12 @@ def finish_run(
     save_head(path / "user_blind.safetensors", blind)
     if head.shape.k > 1 and is_reducible(head.shape):
         _save_seen_users(path, head, splits)
-    evaluations = {name: evaluate_rules(head, blind, splits[name], splits["val"]) for name in EVALUATED}
+    rules = {"head": head, "user_blind": blind}
+    predictions = predict_splits(rules, splits, head.about["table"]["fingerprint"])
+    save_predictions(path / PREDICTIONS, predictions)
+    if has_prototypes(head.shape):
+        save_prototypes(path / PROTOTYPES, describe_prototypes(head, splits["test"]))
+    evaluations = {name: _evaluate(rules, predictions, name, splits[name]) for name in EVALUATED}
     write_history(path / "history.csv", fitted.history)
     draw_history(path / "curves.png", fitted.history, best_step=fitted.best_step, title=_title(head))
     summary = {"best_step": fitted.best_step, "stopped_early": fitted.stopped_early}
@@ -217,16 +233,25 @@ def evaluate_rules(
         split: what to evaluate on.
         val: where the temperature is fitted; None reports none.
     """
-    validation = val.data if val else None
-    out = {"head": evaluate_head(head, split.data, split.comparisons, validation=validation)}
-    if blind is not None:
-        out["user_blind"] = evaluate_head(blind, split.data, split.comparisons, validation=validation)
-    return {**out, "longer": evaluate_longer(split.comparisons)}
+    rules = {"head": head} if blind is None else {"head": head, "user_blind": blind}
+    predictions = predict_splits(rules, {"evaluated": split} if val is None else {"evaluated": split, "val": val})
+    return _evaluate(rules, predictions, "evaluated", split)
+
+
+def _evaluate(
+    rules: Mapping[str, TrainedHead], predictions: Predictions, name: str, split: RunSplit
+) -> dict[str, Evaluation]:
+    """Return the evaluations of predictions, and where there are token states the accuracy at every token too."""
+    found = evaluate_predictions(predictions, name, split.comparisons)
+    if isinstance(split.data, TokenData):
+        for rule, head in rules.items():
+            found[rule] = replace(found[rule], token_accuracy=token_accuracy(head, split.data))
+    return found
 
 
 def _save_seen_users(path: Path, head: TrainedHead, splits: Mapping[str, RunSplit]) -> None:
     """Write what new users will need: the population's prior, and what is known of each seen user."""
-    train, val = splits["train"].data, splits["val"].data
+    train, val = splits["train"].served, splits["val"].served
     population, posteriors, counts = describe_population(head.to(train.device), train, val)
     table = UserTable(head.users, posteriors, counts, population.prior, noise=population.noise)
     save_users(path / SEEN, table, path / "head.safetensors")

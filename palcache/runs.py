@@ -76,12 +76,12 @@ def train_run(  # noqa: PLR0913 - keyword-only options
     """
     head, config = head or HeadConfig(), config or FitConfig()
     stored = cache.comparisons(comparisons)
-    spaces = spaces_for(cache, stored, space, head)
+    spaces = spaces_for(cache, stored, space, head, config)
     check_vectors(cache, spaces, head, config)
     about = describe_run(cache, stored, spaces, head, config, unknown_users)
     if is_complete(path, about, resume=resume):
         return load_run(path)
-    data = load_vectors(cache, stored, spaces, device)
+    data = load_vectors(cache, stored, spaces, device, config)
     splits = load_splits(stored, data, unknown_users)
     users = splits["train"].data.users
     shape = build_head(head, d=data.width, users=len(users))
@@ -194,10 +194,12 @@ def evaluate_run(
     own = None if imported else config["table"]["name"]
     stored = cache.comparisons(own if comparisons is None and own in cache.comparison_names else comparisons)
     if imported:
-        spaces = spaces_for(cache, stored, None, HeadConfig(head="pal-a" if head.shape.joint else "pal-b"))
+        fit_config = FitConfig()
+        spaces = spaces_for(cache, stored, None, HeadConfig(head="pal-a" if head.shape.joint else "pal-b"), fit_config)
     else:
+        fit_config = FitConfig.from_mapping(config["fit"], origin=str(path / "config.json"))
         spaces = own_spaces(path, config, stored, cache)
-    data = load_vectors(cache, stored, spaces, device)
+    data = load_vectors(cache, stored, spaces, device, fit_config)
     if data.width != head.shape.d:
         raise MismatchError(
             f"The head of {path} reads vectors of width {head.shape.d}, and those of the table {stored.name} in {cache.path} "
@@ -209,7 +211,7 @@ def evaluate_run(
         if not len(rows):
             return None
         kept = rows[known_rows(stored.comparisons.take(rows), head.users, unknown_users)]
-        return RunSplit(stored.comparisons.take(kept), data.take(kept).with_users(head.users))
+        return RunSplit(stored.comparisons.take(kept), data.take(kept).with_users(head.users), kept)
 
     chosen = part(split)
     if chosen is None:

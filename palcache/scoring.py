@@ -13,7 +13,7 @@ import torch
 from palcache.checkpoints import TrainedHead
 from palcache.errors import InputError
 from palcache.heads import IdealPointHead
-from palcache.token_batches import TokenBatch
+from palcache.tensors import PairBatch
 
 
 def last_states(folder: Path, ids: Sequence[Sequence[int]], *, device: str = "cpu") -> torch.Tensor:
@@ -59,10 +59,10 @@ def score_states(
     """
     if not isinstance(head.shape, IdealPointHead):
         raise InputError("Only pal-a and pal-b score states against an ideal point; choose a run of one of them.")
-    n, none = len(responses), torch.zeros(len(responses), dtype=torch.int64, device=responses.device)
-    sides = responses.unsqueeze(1)
-    batch = TokenBatch(sides, sides, prompts, none, none + 1, none, torch.ones(n, device=responses.device))
-    return head.shape.token_scores(head.parameters, batch, mixtures=mixtures)[:, 0, 0]
+    own = torch.arange(len(responses), device=responses.device)
+    y = torch.ones(len(responses), device=responses.device)
+    batch = PairBatch(prompts, own, responses, own, own, torch.zeros_like(own), y)
+    return head.shape.rewards(head.parameters, batch, mixtures=mixtures)[:, 0]
 
 
 def score_token_ids(

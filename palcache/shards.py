@@ -31,8 +31,10 @@ TRUNCATED: Final = 1
 FAILED: Final = 2
 """Bits of `/flags`: the text was longer than the model's limit; the text could not be encoded, its row is zero."""
 _PER_TOKEN: Final = (TOKENS, SCALES[TOKENS])
-_RAGGED: Final = (*_PER_TOKEN, "tok/ids")
+RAGGED: Final = (*_PER_TOKEN, "tok/ids")
 """Datasets with a row per kept token; the ids are known when a shard is created."""
+_COPIED_TOKENS: Final = 65_536
+"""Kept tokens whose states are copied at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,7 @@ class ShardWriter:
                 at, within = _sample(self.header.rows, rows)
                 self._arrays[COSINE][at] = values[within]
             else:
-                self._arrays[name][_token_places(self._arrays["tok/offsets"], rows) if name in _PER_TOKEN else rows] = (
+                self._arrays[name][token_places(self._arrays["tok/offsets"], rows) if name in _PER_TOKEN else rows] = (
                     values
                 )
         self._arrays["done"][rows] = 1
@@ -107,12 +109,20 @@ class ShardWriter:
             if name == COSINE:
                 at, within = _sample(self.header.rows, to)
                 self._arrays[COSINE][at] = _known_cosines(source, rows[within])
-            elif name in _RAGGED:
-                places = _token_places(self._arrays["tok/offsets"], to)
-                self._arrays[name][places] = source[name][_token_places(source["tok/offsets"], rows)]
-            elif name != "tok/offsets":
+            elif name not in (*RAGGED, "tok/offsets"):
                 self._arrays[name][to] = source[name][rows]
+        if TOKENS in self._arrays:
+            self._copy_tokens(to, source, rows)
         self._arrays["done"][to] = 1
+
+    def _copy_tokens(self, to: Array, source: Mapping[str, Array], rows: Array) -> None:
+        counts = source["tok/offsets"][rows + 1] - source["tok/offsets"][rows]
+        block = np.cumsum(counts) // _COPIED_TOKENS
+        for part in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(block)) + 1):
+            at = token_places(self._arrays["tok/offsets"], to[part])
+            taken = token_places(source["tok/offsets"], rows[part])
+            for name in (name for name in RAGGED if name in self._arrays):
+                self._arrays[name][at] = source[name][taken]
 
     def fail(self, row: int) -> None:
         """Mark a row as one that could not be encoded; its vector is zero and it is never found by its key."""
@@ -120,7 +130,7 @@ class ShardWriter:
             if name in self._arrays:
                 self._arrays[name][row] = 0
         for name in (name for name in _PER_TOKEN if name in self._arrays):
-            self._arrays[name][_token_places(self._arrays["tok/offsets"], np.array([row]))] = 0
+            self._arrays[name][token_places(self._arrays["tok/offsets"], np.array([row]))] = 0
         if COSINE in self._arrays:
             self._arrays[COSINE][_sample(self.header.rows, np.array([row]))[0]] = np.nan
         self._arrays["flags"][row] |= FAILED
@@ -168,7 +178,7 @@ def _known_cosines(arrays: Mapping[str, Array], rows: Array) -> npt.NDArray[np.f
     return found
 
 
-def _token_places(offsets: Array, rows: Array) -> Array:
+def token_places(offsets: Array, rows: Array) -> Array:
     """Return the numbers of the kept tokens of some rows, row after row, (t,)."""
     starts, lengths = offsets[rows], offsets[rows + 1] - offsets[rows]
     begins = np.concatenate([[0], np.cumsum(lengths)])[:-1]
@@ -220,6 +230,14 @@ class Shard:
     def row_data(self) -> dict[str, Array]:
         """Every dataset that holds something of each row, by name."""
         return {name: self._arrays[name] for name in summed_in(self._arrays)}
+
+    def token_nbytes(self, rows: Array) -> Array:
+        """Return the bytes of the kept token states of some rows, (m,); zeros where the shard keeps none."""
+        if TOKENS not in self._arrays:
+            return np.zeros(len(rows), np.int64)
+        offsets, values = self._arrays["tok/offsets"], self._arrays[TOKENS]
+        nbytes: Array = (offsets[rows + 1] - offsets[rows]) * (values.shape[1] * values.itemsize)
+        return nbytes
 
     @property
     def vectors(self) -> Array:

@@ -138,18 +138,29 @@ class Space:
         return whole.to(device)
 
     def tokens(
-        self, indices: npt.NDArray[Any] | torch.Tensor, *, device: str | torch.device = "cpu"
+        self,
+        indices: npt.NDArray[Any] | torch.Tensor,
+        *,
+        first: torch.Tensor | None = None,
+        stop: torch.Tensor | None = None,
+        device: str | torch.device = "cpu",
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the kept token states of some rows, row after row: (T, d) values and (n + 1,) int64 offsets.
 
         Values have the type that `rows` gives. Neighbouring rows of one shard in ascending order are not copied on the
         CPU, unless they are int8.
 
+        Args:
+            indices: row numbers, (n,).
+            first: of each row the first token wanted, (n,) int64; None for the first of all.
+            stop: of each row the token after the last wanted, (n,) int64; None for all.
+            device: where to.
+
         Raises:
             IndexError: a row is outside the space.
             CacheError: the space keeps no token states.
         """
-        places, offsets = self._token_places(self._checked(indices))
+        places, offsets = self._token_places(self._checked(indices), first, stop)
         return self._gather(TOKENS, places, self._token_bases).to(device), offsets.to(device)
 
     def token_ids(self, indices: npt.NDArray[Any] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -214,9 +225,12 @@ class Space:
         bases: npt.NDArray[np.int64] = self._token_starts.numpy()[self._bases]
         return bases
 
-    def _token_places(self, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _token_places(
+        self, at: torch.Tensor, first: torch.Tensor | None = None, stop: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the kept tokens of some rows, counted through all shards, and where each row's begin among them."""
-        starts, lengths = self._token_starts[at], self._token_starts[at + 1] - self._token_starts[at]
+        starts = self._token_starts[at] if first is None else self._token_starts[at] + first
+        lengths = (self._token_starts[at + 1] if stop is None else self._token_starts[at] + stop) - starts
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cumsum(lengths, 0)])
         return torch.arange(int(offsets[-1])) + torch.repeat_interleave(starts - offsets[:-1], lengths), offsets
 

@@ -14,9 +14,9 @@ from palcache.fingerprints import digest
 from palcache.spaces import differing_fields
 
 CHOSEN_FIELDS: Final = frozenset(
-    {"dtype", "compute_dtype", "max_tokens", "truncate_dim", "pooling", "layer", "template", "tokens"}
+    {"dtype", "compute_dtype", "max_tokens", "truncate_dim", "width", "pooling", "layer", "template", "tokens"}
 )
-"""Fields of a spec that options choose."""
+"""Fields of a spec that options choose, or that follow from those."""
 __all__ = ["CHOSEN_FIELDS", "config_of", "differing_fields", "full_spec", "kept_tokens", "warn_of_other_spec"]
 
 

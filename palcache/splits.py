@@ -10,9 +10,7 @@ import numpy.typing as npt
 from palcache.comparisons import SPLITS, Column, Comparisons
 from palcache.configs import SplitBy, SplitConfig
 from palcache.errors import InputError
-from palcache.fingerprints import Keys, text_keys
-
-UInt64 = npt.NDArray[np.uint64]
+from palcache.fingerprints import Keys, UInt64, text_keys, well_mixed
 
 
 def split_comparisons(comparisons: Comparisons, config: SplitConfig) -> Comparisons:
@@ -56,19 +54,19 @@ def _refuse_empty(codes: npt.NDArray[np.int64], unit: UInt64, config: SplitConfi
 
 def _units(comparisons: Comparisons, by: str, seed: int) -> UInt64:
     """Return one well-mixed number per row that is equal for rows of one unit, shape (n,)."""
-    user = _mix(_fold(text_keys(comparisons.users.values), seed))[comparisons.users.codes]
+    user = well_mixed(_fold(text_keys(comparisons.users.values), seed))[comparisons.users.codes]
     if by == "user":
         return user
     prompt = _fold(text_keys(comparisons.prompts.values), seed)[comparisons.prompts.codes]
     if by == "prompt":
-        return _mix(prompt)
-    response = _mix(_fold(text_keys(comparisons.responses), seed))
+        return well_mixed(prompt)
+    response = well_mixed(_fold(text_keys(comparisons.responses), seed))
     left, right = response[comparisons.response_1], response[comparisons.response_2]
-    pair = _mix(prompt + _mix(left + right) + (left ^ right))
+    pair = well_mixed(prompt + well_mixed(left + right) + (left ^ right))
     if by == "pair":
         return pair if comparisons.pair_id is None else _merge(pair, comparisons.pair_id.codes)
     if by == "row":
-        return _mix(pair + user)
+        return well_mixed(pair + user)
     raise InputError(f"Got --split-by {by}; expected one of {', '.join(get_args(SplitBy))}.")
 
 
@@ -83,19 +81,11 @@ def _merge(pair: UInt64, name: npt.NDArray[np.int32]) -> UInt64:
             np.minimum.at(least, labels, lowest)
             lowest = least[labels]
         if np.array_equal(lowest, unit):
-            return _mix(unit)
+            return well_mixed(unit)
         unit = lowest
 
 
 def _fold(keys: Keys, seed: int) -> UInt64:
     """Fold 16-byte keys and the seed to 64 bits."""
     halves = np.ascontiguousarray(keys).view("<u8").reshape(-1, 2)
-    return _mix(halves[:, 0] + _mix(halves[:, 1] + np.uint64(seed % 2**64)))
-
-
-def _mix(x: UInt64) -> UInt64:
-    """Return the splitmix64 finaliser of x (Steele, Lea and Flood, OOPSLA 2014): every input bit moves every output."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return well_mixed(halves[:, 0] + well_mixed(halves[:, 1] + np.uint64(seed % 2**64)))

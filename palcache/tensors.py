@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, final
+from typing import Final, Protocol, final
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,28 @@ from palcache.spaces import Which
 
 MEMORY_SHARE: Final = 0.4
 """Vectors go to the device at once if they fill at most this share of its free memory; else they are streamed."""
+
+
+class Table(Protocol):
+    """Rows of float32 vectors, found by their position."""
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+
+    @property
+    def width(self) -> int:
+        """Width of the vectors, d."""
+
+    @property
+    def streamed(self) -> bool:
+        """Vectors are read batch by batch."""
+
+    @property
+    def resident(self) -> torch.Tensor | None:
+        """All vectors, (m, d), where they are at hand."""
+
+    def take(self, index: torch.Tensor) -> torch.Tensor:
+        """Return vectors by their position, (n,) -> (n, d) float32."""
 
 
 @final
@@ -46,7 +68,7 @@ class VectorTable:
         self._space, self._rows = space, torch.from_numpy(rows)
         self._resident = space.rows(rows, which=which).float().to(device) if resident else None
         if self._resident is not None:
-            _refuse_non_finite(self._resident, space, self._rows)
+            refuse_non_finite(self._resident, space, self._rows)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -56,13 +78,18 @@ class VectorTable:
         """Vectors are read through the memory map, batch by batch."""
         return self._resident is None
 
+    @property
+    def resident(self) -> torch.Tensor | None:
+        """All vectors, (m, d), where they are on the device."""
+        return self._resident
+
     def take(self, index: torch.Tensor) -> torch.Tensor:
         """Return vectors by their position in this table, (n,) -> (n, d) float32."""
         if self._resident is not None:
             return torch.index_select(self._resident, 0, index)
         rows = self._rows[index.cpu()]
         vectors = self._space.rows(rows, which=self._which)
-        _refuse_non_finite(vectors, self._space, rows)
+        refuse_non_finite(vectors, self._space, rows)
         return vectors.to(self.device).float()
 
 
@@ -86,12 +113,24 @@ class TensorTable:
         """The vectors are in memory."""
         return False
 
+    @property
+    def resident(self) -> torch.Tensor:
+        """All vectors, (m, d)."""
+        return self.vectors
+
     def take(self, index: torch.Tensor) -> torch.Tensor:
         """Return vectors by their position in this table, (n,) -> (n, d)."""
         return torch.index_select(self.vectors, 0, index)
 
 
-def _refuse_non_finite(vectors: torch.Tensor, space: Space, rows: torch.Tensor) -> None:
+def refuse_non_finite(vectors: torch.Tensor, space: Space, rows: torch.Tensor) -> None:
+    """Raise NumericsError where a vector is not finite, naming its row in the space.
+
+    Args:
+        vectors: (n, d).
+        space: where they come from.
+        rows: the row of each, (n,).
+    """
     good = torch.isfinite(vectors).all(dim=1)
     if not bool(good.all()):
         first = int(rows[int(torch.nonzero(~good)[0])])
@@ -104,7 +143,7 @@ def _refuse_non_finite(vectors: torch.Tensor, space: Space, rows: torch.Tensor) 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class PairBatch:
-    """n comparisons over the distinct vectors that they use.
+    """n comparisons over the distinct vectors that they use; each is one pair of rows, or several (of its tokens).
 
     Attributes:
         prompts: distinct prompt vectors, (P, d).
@@ -114,6 +153,11 @@ class PairBatch:
         response_2: row of the right response, (n,) int64.
         user: number of the user, (n,) int64; -1 is a user whom the head does not know.
         y: -1, 0 or +1, (n,) float32.
+        prompt_names: of the prompt vectors, (P,) int64, which noise goes by; None counts them.
+        response_names: of the response vectors, (R,).
+        comparison: where comparisons have several pairs of rows, m in all, of which comparison each is, (m,) int64, every
+            one at least once and in order; `response_1` and `response_2` are then (m,), and `prompt` too where each pair
+            has a prompt row of its own.
     """
 
     prompts: torch.Tensor
@@ -123,6 +167,9 @@ class PairBatch:
     response_2: torch.Tensor
     user: torch.Tensor
     y: torch.Tensor
+    prompt_names: torch.Tensor | None = None
+    response_names: torch.Tensor | None = None
+    comparison: torch.Tensor | None = None
 
 
 @final
@@ -142,8 +189,8 @@ class PreferenceData:
         joint: response vectors are of prompt and response in one forward; prompts are then not read.
     """
 
-    prompts: VectorTable | TensorTable
-    responses: VectorTable | TensorTable
+    prompts: Table
+    responses: Table
     prompt: torch.Tensor
     response_1: torch.Tensor
     response_2: torch.Tensor
@@ -188,24 +235,37 @@ class PreferenceData:
         Args:
             rows: row numbers on the data's device, (n,).
         """
-        prompts, prompt = self._distinct(self.prompts, self.prompt[rows])
+        prompts, prompt, prompt_names = take_distinct(self.prompts, self.prompt[rows])
         pair = torch.cat([self.response_1[rows], self.response_2[rows]])
-        responses, response = self._distinct(self.responses, pair)
+        responses, response, response_names = take_distinct(self.responses, pair)
         n = len(rows)
-        return PairBatch(prompts, prompt, responses, response[:n], response[n:], self.user[rows], self.y[rows])
-
-    @staticmethod
-    def _distinct(table: VectorTable | TensorTable, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the vectors at `index` and where each stands; once each, where repeats are likely."""
-        if len(table) > 8 * len(index):  # a batch then repeats few rows, and finding them costs more than it saves
-            return table.take(index), torch.arange(len(index), device=index.device)
-        distinct, inverse = torch.unique(index, return_inverse=True)
-        return table.take(distinct), inverse
+        return PairBatch(
+            prompts,
+            prompt,
+            responses,
+            response[:n],
+            response[n:],
+            self.user[rows],
+            self.y[rows],
+            prompt_names=prompt_names,
+            response_names=response_names,
+        )
 
     def batches(self, size: int) -> Iterator[PairBatch]:
         """Yield all comparisons in order, `size` at a time."""
         for rows in torch.split(torch.arange(len(self), device=self.device), size):
             yield self.batch(rows)
+
+
+def take_distinct(table: Table, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the vectors at `index`, where each stands among them, and their positions in the table.
+
+    Each is read once where repeats are likely; elsewhere finding them costs more than it saves.
+    """
+    if len(table) > 8 * len(index):
+        return table.take(index), torch.arange(len(index), device=index.device), index
+    distinct, inverse = torch.unique(index, return_inverse=True)
+    return table.take(distinct), inverse, distinct
 
 
 def load_preferences(

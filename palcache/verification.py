@@ -8,22 +8,24 @@ from pathlib import Path
 from typing import Any, Final, final
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 
 from palcache.batching import plan_batches
 from palcache.cache import MANIFEST, Cache, Space
 from palcache.comparisons import Comparisons
-from palcache.encoders import Encoder, Role, StateEncoder, TokenizedTexts
+from palcache.encoders import Encoder, Role, StateEncoder, States
 from palcache.errors import CacheError, MismatchError, StorageError
 from palcache.fingerprints import KEY_BYTES, Keys, digest, hex_key, text_keys
 from palcache.indexes import KeyIndex
 from palcache.shards import Shard
 from palcache.specs import config_of, differing_fields, full_spec
-from palcache.works import tokenize_items
+from palcache.works import Work
 
 MIN_COSINE: Final = {"float32": 0.99999, "float16": 0.9999, "bfloat16": 0.999, "int8": 0.998}
 """Lowest cosine of a stored and a fresh vector, by the coarser of the stored and the computed type."""
+_MEND: Final = "mend it with palcache cache verify --repair"
 
 
 @final
@@ -56,7 +58,7 @@ def verify_cache(cache: Cache, *, on_shard: Callable[[int], None] | None = None)
         on_shard: called with the bytes of each shard once it has been read.
     """
     problems = [
-        f"The shard {name} of the space {space_id} is in the journal and not in its folder; embed the tables again."
+        f"The shard {name} of the space {space_id} is in the journal and not in its folder; {_MEND}."
         for space_id, name in cache.missing_shards()
     ]
     spaces: dict[str, Space] = {}
@@ -69,7 +71,7 @@ def verify_cache(cache: Cache, *, on_shard: Callable[[int], None] | None = None)
             rows += len(space)
             if digest(space.spec) != space_id:
                 found = [
-                    f"{cache.path / MANIFEST}: the spec of the space {space_id} is not its own; embed into a new folder."
+                    f"{cache.path / MANIFEST}: the spec of the space {space_id} is not the one that it was named for; {_MEND}."
                 ]
         shards, nbytes = shards + len(paths), nbytes + sum(path.stat().st_size for path in paths)
         problems += found
@@ -82,7 +84,7 @@ def _shard_problems(path: Path, space_id: str, on_shard: Callable[[int], None] |
         shard = Shard(path)
         problems = [
             f"{path}: the bytes of {damage.dataset}, rows {damage.rows[0]} to {damage.rows[1] - 1}, are not those that "
-            "were written; delete the file and embed the tables again."
+            f"were written; {_MEND}."
             for damage in shard.damage()
         ]
         if not problems and shard.header.space_id != space_id:
@@ -116,7 +118,7 @@ def _table_problems(cache: Cache, spaces: Mapping[str, Space]) -> list[str]:
 
 
 def reencode_sample(cache: Cache, encoder: Encoder, count: int, *, seed: int = 0) -> tuple[int, float, tuple[str, ...]]:
-    """Encode some rows again and compare them with the stored vectors.
+    """Encode some rows again and compare them with the stored vectors, and with token and prompt states that are kept.
 
     Args:
         cache: the cache.
@@ -138,9 +140,7 @@ def reencode_sample(cache: Cache, encoder: Encoder, count: int, *, seed: int = 0
         if not len(texts):
             continue
         picked = generator.permutation(len(texts))[:count]
-        fresh = _encode(encoder, role, tokenize_items(encoder, role, texts, prompts, picked))
-        stored = space.rows(space.find(keys[picked])).float()
-        cosine = torch.nn.functional.cosine_similarity(fresh, stored, dim=1)
+        cosine = _cosines(encoder, Work(role, space, texts, keys, prompts), picked)
         coarse = min(space.dtype, str(space.spec.get("compute_dtype", "float32")), key=MIN_COSINE.__getitem__)
         problems += [
             f"The vector with the key {hex_key(keys[picked[row]])} in the {role} space has cosine {float(cosine[row]):.5f} "
@@ -157,37 +157,64 @@ def role_of(spec: Mapping[str, Any]) -> Role:
     return roles[spec["role"]]
 
 
-def _encode(encoder: Encoder, role: Role, window: TokenizedTexts) -> torch.Tensor:
-    """Return the vectors of a window, (n, d), in batches as `embed` makes them."""
-    out = torch.empty((len(window.n_tokens), encoder.width))
+def _cosines(encoder: Encoder, work: Work, picked: npt.NDArray[np.int64]) -> torch.Tensor:
+    """Return the lowest cosine of what is stored of each of some rows to a fresh one, (n,), in batches as `embed` makes."""
+    window = work.tokenize(encoder, picked)
+    stored = work.space.find(work.keys[picked])
+    out = torch.empty(len(picked))
     for rows in plan_batches(window.n_tokens, encoder.token_budget, equal_lengths=encoder.equal_lengths):
-        out[torch.from_numpy(rows)] = encoder.encode(window, rows, role).float().cpu()
+        out[torch.from_numpy(rows)] = _compare(work.encode(encoder, window, rows), work.space, stored[rows])
     return out
+
+
+def _compare(fresh: States, space: Space, rows: npt.NDArray[np.int64]) -> torch.Tensor:
+    """Return the lowest of the cosines of pooled vector, prompt state and all token states at once, (n,)."""
+    found = [_cosine(fresh.pooled, space.rows(rows))]
+    if space.spec.get("prompt_state") and fresh.prompt is not None:
+        found.append(_cosine(fresh.prompt, space.rows(rows, which="prompt")))
+    if fresh.tokens is not None:
+        states, offsets = space.tokens(rows)
+        if len(states) != len(fresh.tokens):  # other tokens altogether
+            return torch.zeros(len(rows))
+        row = torch.repeat_interleave(torch.arange(len(rows)), offsets.diff())
+        one, two = fresh.tokens.float().cpu(), states.float()
+        dot, first, second = (
+            torch.zeros(len(rows)).index_add_(0, row, (a * b).sum(dim=1))
+            for a, b in ((one, two), (one, one), (two, two))
+        )
+        product = (first * second).sqrt()
+        found.append(torch.where(product > 0, dot / product.clamp(min=1e-38), 1.0))
+    return torch.stack(found).amin(dim=0)
+
+
+def _cosine(fresh: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cosine_similarity(fresh.float().cpu(), stored.float(), dim=1)
 
 
 def spaces_of_encoder(cache: Cache, encoder: Encoder) -> list[str]:
     """Return the ids of the spaces that an encoder fills; no shard is opened.
 
     Raises:
-        MismatchError: there is none; the message names the fields in which the encoder specs differ.
+        MismatchError: there is none; the message names the fields in which the nearest one differs.
     """
-    found, differing = [], set()
+    found, differing = [], list[list[str]]()
     for space_id in cache.space_ids:
         stored = cache.spec(space_id)
         if stored.get("role") not in {"prompt", "response", "joint"}:
             continue
         if stored["role"] == "joint" and not isinstance(encoder, StateEncoder):
-            differing.add("encoder")
+            differing.append(["encoder"])
             continue
         spec = full_spec(encoder, role_of(stored), config_of(stored))
         if digest(spec) == space_id:
             found.append(space_id)
         else:
-            differing.update(differing_fields(spec, stored))
+            differing.append(differing_fields(spec, stored))
     if not found:
+        nearest = min(differing, key=len, default=["everything"])
         raise MismatchError(
-            f"No space of {cache.path} was written by the encoder {encoder.about.get('model')}: they differ in "
-            f"{', '.join(sorted(differing)) or 'everything'}; name the right one with --model and --compute-dtype."
+            f"No space of {cache.path} was written by the encoder {encoder.about.get('model')}: the nearest differs in "
+            f"{', '.join(nearest)}; name the model, and the options that palcache embed had."
         )
     return found
 

@@ -9,19 +9,31 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 
 from palcache.cache import Space
+from palcache.configs import StoredDtype
 from palcache.encoders import Encoder, KeptTokens, Role, StateEncoder, States, TokenizedTexts
+from palcache.encoders.windows import row_tokens
 from palcache.errors import InputError
 from palcache.fingerprints import Keys
-from palcache.layouts import COSINE, FILE_DTYPES, POOLED, PROMPT, SCALES, TOKENS, Array, TokenRows
-from palcache.numerics import StoredVectors, UnfitRowError, to_stored
+from palcache.layouts import (
+    COSINE,
+    FILE_DTYPES,
+    POOLED,
+    PROMPT,
+    SCALES,
+    TOKEN_SHARD_BYTES,
+    TOKENS,
+    Array,
+    TokenRows,
+    sampled_rows,
+)
+from palcache.numerics import StoredVectors, UnfitRowError, stored_cosines, to_stored
 
 _Rows = npt.NDArray[np.int64]
-TOKEN_SHARD_BYTES: Final = 1 << 30
-"""Token states that a shard should hold at most, by an estimate from the lengths of its texts."""
 BYTES_PER_TOKEN: Final = 3
-"""Of UTF-8, for that estimate; on the low side, so that shards turn out smaller rather than larger."""
+"""Of UTF-8, to estimate what token states will take; on the low side, so that shards turn out smaller, not larger."""
 
 
 @final
@@ -70,17 +82,6 @@ class Work:
         value = np.dtype(FILE_DTYPES[self.space.dtype]).itemsize
         return max(1, int((np.cumsum(tokens) * self.space.width * value <= TOKEN_SHARD_BYTES).sum()))
 
-    def token_rows(self, window: TokenizedTexts) -> TokenRows | None:
-        """Return which tokens of a window have their states kept, and their ids; None where the space keeps none."""
-        if self.kept is None:
-            return None
-        rows = np.arange(len(window.n_tokens))
-        first = window.first_kept(self.kept)
-        lengths = window.n_tokens.astype(np.int64) - first
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        places = np.arange(int(offsets[-1])) + np.repeat(window.offsets[rows] + first - offsets[:-1], lengths)
-        return TokenRows(offsets, window.features["input_ids"][places].astype(np.uint32))
-
     def to_stored(self, states: States, window: TokenizedTexts, rows: _Rows) -> tuple[StoredVectors, dict[str, Array]]:
         """Return a batch's pooled vectors as they are stored, and by dataset what stands beside them.
 
@@ -101,7 +102,25 @@ class Work:
                 raise UnfitRowError(str(error), row, finite=error.finite) from error
         more: dict[str, Array] = {name: part.values for name, part in parts.items() if name != POOLED}
         more |= {SCALES[name]: part.scales for name, part in parts.items() if part.scales is not None}
-        return pooled, more if dtype == "float32" else {**more, COSINE: pooled.cosines}
+        if dtype != "float32":
+            more[COSINE] = _sample_cosines(states.pooled, dtype, np.isin(rows, sampled_rows(len(window.n_tokens))))
+        return pooled, more
+
+
+def _sample_cosines(vectors: torch.Tensor, dtype: StoredDtype, sampled: npt.NDArray[np.bool_]) -> Array:
+    """Return the cosines of stored to computed vectors where they are sampled, (m,); NaN elsewhere."""
+    found = np.full(len(sampled), np.nan, np.float32)
+    if sampled.any():
+        found[sampled] = stored_cosines(vectors[torch.from_numpy(sampled)], dtype)
+    return found
+
+
+def token_rows(window: TokenizedTexts, kept: KeptTokens | None) -> TokenRows | None:
+    """Return which tokens of a window have their states kept, and their ids; None where none are kept."""
+    if kept is None:
+        return None
+    places, lengths = row_tokens(window, np.arange(len(window.n_tokens)), window.first_kept(kept))
+    return TokenRows(np.concatenate([[0], np.cumsum(lengths)]), window.features["input_ids"][places].astype(np.uint32))
 
 
 def tokenize_items(

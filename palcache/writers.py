@@ -28,11 +28,13 @@ from palcache.locks import locked
 from palcache.numerics import UnfitRowError
 from palcache.shards import FAILED, TRUNCATED, Shard, ShardWriter
 from palcache.summaries import EmbedProgress, EmbedSummary, OnProgress
-from palcache.works import Work
+from palcache.works import Work, token_rows
 
 __all__ = ["MAX_FAILURES", "WAIT_SECONDS", "SpaceWriter", "Work"]
 
 WAIT_SECONDS: Final = 0.5
+_NO_MEMORY: Final = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
+"""What errors say that are no `OutOfMemoryError`: of the CPU, of MPS and of CUDA's own calls, of cuBLAS and cuDNN."""
 MAX_FAILURES: Final = 8
 """Texts that may fail in a row before the encoder has to show that it still works."""
 
@@ -216,7 +218,7 @@ class SpaceWriter:
                 window.n_tokens,
                 flags,
                 prompt_tokens=window.prompt_tokens,
-                tokens=self.work.token_rows(window),
+                tokens=token_rows(window, self.work.kept),
             )
         return ShardWriter(claim.partial)
 
@@ -330,9 +332,11 @@ def _start(text: str) -> str:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(mark in str(error) for mark in _NO_MEMORY)
 
 
 def _free_cached_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()

@@ -22,6 +22,7 @@ import pytest
 import torch
 
 import palcache.layouts
+import palcache.writers
 from palcache.cache import Cache, Space
 from palcache.claims import Claim, Standing, survey
 from palcache.comparisons import Comparisons
@@ -122,7 +123,7 @@ def test_the_summary_counts(folder: Path) -> None:
     )
     assert first.truncated > 0
     assert first.new_bytes == sum(path.stat().st_size for path in folder.glob("spaces/*/shards/*.h5"))
-    assert set(first.seconds) == {"total", "keys", "tokenize", "forward", "write"}
+    assert set(first.seconds) == {"total", "keys", "encode", "tokenize", "wait", "forward", "write", "device"}
     before = contents(folder)
     second = run(folder, table, encoder)
     assert (second.hits, second.encoded, second.new_bytes, second.repeats_saved) == (18, 0, 0, 81)
@@ -339,7 +340,9 @@ def die_at(path: Path, point: str) -> None:
         def wrapper(*arguments: Any, **options: Any) -> Any:
             calls[point] += only in str(arguments[0])
             if calls[point] == 2 and point == "batch":
-                function(arguments[0], *(argument[: len(arguments[1]) // 2] for argument in arguments[1:]))
+                half = len(arguments[1]) // 2
+                more = {name: values[:half] for name, values in arguments[4].items()}
+                function(arguments[0], *(argument[:half] for argument in arguments[1:4]), more)
             result = function(*arguments, **options) if after or calls[point] < 2 else None
             if calls[point] == 2:
                 os._exit(DIED)
@@ -629,6 +632,21 @@ def test_out_of_memory_halves_the_budget(folder: Path) -> None:
     assert_holds(folder, table, encoder)
     assert len(encoder.batches) > 12
     assert encoder.overflows <= 4, "later batches were planned as large as those that failed"
+
+
+@pytest.mark.parametrize(
+    ("message", "memory"),
+    [
+        ("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory", True),
+        ("MPS backend out of memory (MPS allocated: 1 GiB)", True),
+        ("CUDA error: out of memory", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("index out of range in self", False),
+    ],
+)
+def test_memory_that_ran_out_is_told_on_every_device(message: str, memory: bool) -> None:
+    """Not every library raises `torch.OutOfMemoryError`."""
+    assert palcache.writers._is_out_of_memory(RuntimeError(message)) == memory
 
 
 def test_out_of_memory_with_workers_does_not_halve_for_each_of_them(folder: Path) -> None:

@@ -159,7 +159,7 @@ def test_an_imported_run_is_evaluated_where_the_widths_agree(cache: Cache, tmp_p
     from palcache.checkpoints import TrainedHead
     from palcache.heads import build_head
     from palcache.imported_runs import import_checkpoint
-    from palcache.published import write_published
+    from palcache.published_files import write_published
 
     for width, name in ((384, "fits"), (8, "narrow")):
         shape = build_head(HeadConfig(p=8, projector="mlp1-gelu-dropout0"), d=width, users=3)

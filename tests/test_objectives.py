@@ -92,7 +92,7 @@ def test_bound_of_ideal_points(kind: str, tokens: bool) -> None:
         for weight in (0.0, 2.0)
     ]
     assert isinstance(shape, IdealPointHead)
-    ideal = shape.points(parameters, batch)[2]
+    ideal = shape.points(parameters, batch.pairs if tokens else batch)[2]
     assert losses[1] - losses[0] == pytest.approx(2 * float((ideal.norm(dim=-1) - 0.5).clamp(min=0).sum()), rel=1e-4)
 
 

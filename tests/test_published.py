@@ -18,7 +18,8 @@ from palcache.configs import HeadConfig
 from palcache.errors import InputError
 from palcache.heads import PalA, PalB, build_head
 from palcache.imported_runs import export_checkpoint, import_checkpoint
-from palcache.published import PublishedOptions, from_state, read_encoder, read_published, to_state, write_published
+from palcache.published import PublishedOptions, from_state, to_state
+from palcache.published_files import read_encoder, read_published, write_published
 from palcache.scoring import score_token_ids
 from tests.building import generator
 
@@ -35,10 +36,15 @@ def trained(**options: Any) -> TrainedHead:
     return TrainedHead(shape, shape.initial(generator(0)), users, {})
 
 
+def without_layers(head: TrainedHead) -> str | None:
+    name = getattr(head.shape, "projector", None)
+    return name if name == "identity" else None
+
+
 @needs_reference
 def test_the_reference_checkpoint_scores_as_published(tmp_path: Path) -> None:
     run, encoder = tmp_path / "run", tmp_path / "encoder"
-    import_checkpoint(REFERENCE / "model.ckpt", run, encoder_out=encoder, encoder_config=REFERENCE / "encoder")
+    import_checkpoint(REFERENCE / "model.ckpt", run, encoder_out=encoder)
     expected = json.loads((REFERENCE / "expected.json").read_text())
     head = load_head(run / "head.safetensors")
     texts = expected["prompt_ids"], expected["response_ids"]
@@ -77,12 +83,17 @@ def test_the_commands(tmp_path: Path) -> None:
             [palcache, "checkpoint", *map(str, arguments)], capture_output=True, text=True, check=False
         )
 
-    made = run("import", REFERENCE / "model.ckpt", "--run", tmp_path / "run", "--json")
+    out_folder = "--encoder-out", tmp_path / "encoder"
+    made = run("import", REFERENCE / "model.ckpt", "--run", tmp_path / "run", *out_folder, "--json")
     assert made.returncode == 0, made.stderr
     assert json.loads(made.stdout)["users"] == ["alice7", "bob-2", "c9KZL1qe"]
     assert json.loads(made.stdout)["assumed_projector"] == "mlp2-gelu-dropout0"
-    out = run("export", tmp_path / "run", tmp_path / "out.ckpt")
+    out = run("export", tmp_path / "run", tmp_path / "out.ckpt", "--encoder", tmp_path / "encoder")
     assert out.returncode == 0, out.stderr
+    before, after = (
+        torch.load(p, weights_only=True)["state_dict"] for p in (REFERENCE / "model.ckpt", tmp_path / "out.ckpt")
+    )
+    assert {name: value.tolist() for name, value in before.items()} == {n: v.tolist() for n, v in after.items()}
     refused = run("import", REFERENCE / "model.ckpt", "--run", tmp_path / "run")
     assert refused.returncode == 2
     assert "exists; name a new folder with --run" in refused.stderr
@@ -97,6 +108,7 @@ def test_the_commands(tmp_path: Path) -> None:
         {"projector": "mlp1-gelu-dropout0-batchnorm-nobias", "temperature": 0.3},
         {"projector": "mlp3-relu-dropout05-residual-batchnorm", "p": 7, "score": "dist"},
         {"head": "pal-a"},
+        {"projector": "identity", "p": 7},
         {"head": "pal-a", "user_form": "Pw", "score": "angle", "mixture": "partition"},
         {"head": "pal-a", "user_form": "|f(P)|w", "projector": "mlp1-gelu-dropout0-batchnorm"},
     ],
@@ -114,10 +126,10 @@ def test_round_trip(options: dict[str, Any], tmp_path: Path) -> None:
         assert torch.equal(back.head.parameters[name], value), name
         assert back.head.parameters[name].dtype == value.dtype, name
     assert torch.equal(back.encoder["layers.0.weight"], encoder["layers.0.weight"])
-    inferred = from_state(to_state(head)).head.shape
+    inferred = from_state(to_state(head), PublishedOptions(width=7, projector=without_layers(head))).head.shape
     assert isinstance(inferred, PalA | PalB)
     assert (inferred.k, inferred.d, inferred.p) == (head.shape.k, 7, getattr(head.shape, "p", None))
-    assert inferred.items.hidden == int(inferred.projector[3])
+    assert inferred.items.hidden == (-1 if inferred.projector == "identity" else int(inferred.projector[3]))
 
 
 def test_dots_in_user_ids_are_escaped_for_the_published_code() -> None:
@@ -170,7 +182,7 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"There is no checkpoint .*nowhere\.ckpt"):
         read_published(tmp_path / "nowhere.ckpt")
     (tmp_path / "text.ckpt").write_text("not a checkpoint")
-    with pytest.raises(InputError, match=r"text\.ckpt (cannot be read as a checkpoint|holds more than tensors)"):
+    with pytest.raises(InputError, match=r"text\.ckpt is no file that torch\.save wrote; name a \.ckpt file"):
         read_published(tmp_path / "text.ckpt")
     torch.save({"state_dict": {"a": 3}}, tmp_path / "numbers.ckpt")
     with pytest.raises(InputError, match="holds no state dict of tensors"):
@@ -181,10 +193,12 @@ def test_what_cannot_go_out_or_come_in(tmp_path: Path) -> None:
     shape = build_head(HeadConfig(head="low-rank"), d=7, users=2)
     with pytest.raises(InputError, match="no place for low-rank"):
         to_state(TrainedHead(shape, shape.initial(generator(0)), ("a", "b"), {}))
-    with pytest.raises(InputError, match="no place for pal-b with this projector"):
-        to_state(trained(projector="identity", p=7))
+    with pytest.raises(InputError, match="does not show the width of the vectors that it reads; give it with --width"):
+        from_state(to_state(trained(projector="identity", p=7)), PublishedOptions(projector="identity"))
     write_published(tmp_path / "x.ckpt", trained())
-    with pytest.raises(InputError, match="name its folder with --encoder-config"):
+    with pytest.raises(
+        InputError, match=r"0 folders beside .*x\.ckpt have one; name the right one with --encoder-config"
+    ):
         import_checkpoint(tmp_path / "x.ckpt", tmp_path / "run", encoder_out=tmp_path / "encoder")
     with pytest.raises(InputError, match="holds no foundation model; leave out --encoder-out"):
         import_checkpoint(

@@ -196,7 +196,7 @@ def test_another_model_is_refused_with_the_fields_that_differ(copy: Path) -> Non
     before = contents(copy)
     other = as_encoder(StubEncoder(identity="other", compute_dtype="bfloat16"))
     with pytest.raises(
-        MismatchError, match=r"written by the encoder other: they differ in compute_dtype, identity; name"
+        MismatchError, match=r"written by the encoder other: the nearest differs in compute_dtype, identity; name"
     ):
         repair_cache(Cache(copy), lambda: other)
     assert [name for name in differing(before, contents(copy)) if name.endswith(".h5")] == []

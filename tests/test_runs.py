@@ -35,7 +35,7 @@ from tests.worlds import (
 HEAD = HeadConfig(k=3, p=4, projector="mlp1-relu-dropout1")
 FIT = FitConfig(batch_size=64, epochs=6, evaluations=6, lr=0.01, patience=0)
 FILES = {"config.json", "head.safetensors", "users.safetensors", "user_blind.safetensors", "history.csv", "metrics.json",
-         "curves.png"}  # fmt: skip
+         "curves.png", "predictions.safetensors", "prototypes.json"}  # fmt: skip
 World = tuple[list[Row], KnownVectors]
 
 

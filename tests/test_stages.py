@@ -56,7 +56,8 @@ def test_files_become_a_cache(tmp_path: Path) -> None:
     assert stored.comparisons.split is not None
     assert set(stored.comparisons.split.to_list()) == {"train", "val", "test"}
     assert summary.references == 3 * 42
-    assert set(summary.seconds) == {"read", "total", "keys", "tokenize", "forward", "write"}
+    stages = {"read", "total", "keys", "encode", "tokenize", "wait", "forward", "write", "device"}
+    assert set(summary.seconds) == stages
     assert {event.role for event in events} == {"prompt", "response"}
     assert verify_cache(cache).problems == ()
 

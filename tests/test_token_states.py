@@ -332,4 +332,4 @@ def test_the_commands_plan_embed_and_verify_token_states(tmp_path: Path) -> None
     assert json.loads(verified.stdout)["lowest_cosine"] > 0.998
     other = CliRunner().invoke(app, ["cache", "verify", str(cache), "--reencode", "9", *model[:2]])
     assert other.exit_code == 2
-    assert "they differ in pooling" in " ".join(other.output.split())
+    assert "the nearest differs in pooling" in " ".join(other.output.split())

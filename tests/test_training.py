@@ -13,13 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palcache import tensors, training
+from palcache import fits, tensors
 from palcache.cache import Cache
 from palcache.configs import FitConfig, HeadConfig
 from palcache.errors import InputError, NumericsError
 from palcache.heads import PalB, Parameters
 from palcache.tensors import PairBatch, PreferenceData, VectorTable, load_preferences
-from palcache.training import FitProgress, FitResult, FitState, epoch_order, fit, validate
+from palcache.training import FitProgress, FitResult, FitState, epoch_order, fit, order_seed, validate
 from tests.worlds import PLANTED_FIT, PLANTED_HEAD, make_cache, planted_rows, splits_of
 
 QUICK = FitConfig(batch_size=32, epochs=4, evaluations=6, lr=0.01, patience=0)
@@ -314,7 +314,7 @@ def test_a_broken_loss_says_where_it_began(
 ) -> None:
     """The comparison's place in the first epoch's order is the batch that the message must name."""
     train = poisoned(cache, row)
-    order = epoch_order(len(train), training._seed_of(QUICK.seed, 0, 0))
+    order = epoch_order(len(train), order_seed(QUICK.seed, 0))
     parts = order.tensor_split(-(-len(train) // 32))
     batch = next(i for i, part in enumerate(parts) if row in part.tolist())
     with pytest.raises(
@@ -343,7 +343,9 @@ def test_a_learning_rate_that_blows_up_is_named(shape: PalB, data: dict[str, Pre
 
 
 def test_a_broken_validation_loss_is_named(shape: PalB, cache: Cache, data: dict[str, PreferenceData]) -> None:
-    with pytest.raises(NumericsError, match=r"The validation loss is nan at step 6 \(epoch 0\.67\) with learning rate"):
+    with pytest.raises(
+        NumericsError, match=r"The validation loss is nan after step 6 \(epoch 1, batch 6\) with learning rate"
+    ):
         run(shape, {**data, "val": poisoned(cache, 5)}, QUICK)
 
 
@@ -368,8 +370,8 @@ def test_an_epoch_is_every_comparison_once(n: int, seed: int, rows: int, *, stre
     """Streamed, neighbours come from at most as many blocks as are mixed at a time."""
     n = n * rows if streamed else n
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "SHUFFLE_ROWS", rows)
-        patch.setattr(training, "SHUFFLE_BLOCKS", 3)
+        patch.setattr(fits, "SHUFFLE_ROWS", rows)
+        patch.setattr(fits, "SHUFFLE_BLOCKS", 3)
         order = epoch_order(n, seed, streamed=streamed)
         assert sorted(order.tolist()) == list(range(n))
         assert torch.equal(order, epoch_order(n, seed, streamed=streamed))
@@ -379,8 +381,8 @@ def test_an_epoch_is_every_comparison_once(n: int, seed: int, rows: int, *, stre
 
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
-    seeds = [training._seed_of(seed, stream, count) for seed in range(4) for stream in (0, 1) for count in range(50)]
-    assert len(set(seeds)) == 400
+    seeds = [order_seed(seed, epoch) for seed in range(4) for epoch in range(50)]
+    assert len(set(seeds)) == 200
     assert epoch_order(50, 1).tolist() != epoch_order(50, 2).tolist() != list(range(50))
 
 
@@ -401,7 +403,7 @@ def test_a_small_head_uses_one_thread_and_gives_the_others_back(
         assert set(seen) == {1}
         assert torch.get_num_threads() == 3
         seen.clear()
-        monkeypatch.setattr(training, "WORK_PER_THREAD", 1)
+        monkeypatch.setattr(fits, "WORK_PER_THREAD", 1)
         run(shape, data, replace(QUICK, epochs=1, evaluations=1))
         assert set(seen) == {3}
         with pytest.raises(NumericsError, match="lower --lr"):

@@ -15,10 +15,11 @@ import torch
 
 from palcache.choices import Loss, UserWeights
 from palcache.configs import HeadConfig
-from palcache.heads.ideal_points import project
+from palcache.heads.ideal_points import project, row_noise
 from palcache.heads.mixtures import softmax_mixtures
 from palcache.heads.projectors import Parameters, Projector
 from palcache.heads.scores import initial_scale, lookup, scale
+from palcache.noises import Noise
 from palcache.tensors import PairBatch
 
 
@@ -95,11 +96,12 @@ class BradleyTerry:
         batch: PairBatch,
         *,
         mixtures: torch.Tensor | None = None,  # noqa: ARG002 - users are alike
-        noise: torch.Generator | None = None,
+        noise: Noise | None = None,
         updates: Parameters | None = None,
     ) -> torch.Tensor:
         """Return r(response_2) - r(response_1), (n,); arguments as for `palcache.heads.Head.margins`."""
-        items = project(self.items, "f.", parameters, batch.responses, noise, updates)
+        drawn = row_noise(noise, "items", batch.responses, batch.response_names)
+        items = project(self.items, "f.", parameters, batch.responses, drawn, updates)
         reward = scale(parameters) * (items * parameters["readout"]).sum(-1, keepdim=True)
         return (lookup(reward, batch.response_2) - lookup(reward, batch.response_1)).squeeze(-1)
 
@@ -169,7 +171,7 @@ class LowRank:
         batch: PairBatch,
         *,
         mixtures: torch.Tensor | None = None,
-        noise: torch.Generator | None = None,  # noqa: ARG002 - nothing is random
+        noise: Noise | None = None,  # noqa: ARG002 - nothing is random
         updates: Parameters | None = None,  # noqa: ARG002 - there are no statistics
     ) -> torch.Tensor:
         """Return r(response_2) - r(response_1), (n,); arguments as for `palcache.heads.Head.margins`."""

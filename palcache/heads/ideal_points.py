@@ -10,8 +10,8 @@ from palcache.choices import Mixture, Score
 from palcache.heads.mixtures import mix
 from palcache.heads.projectors import Parameters, Projector
 from palcache.heads.scores import lookup, margins, prepare, rewards, scale
+from palcache.noises import Noise, RowNoise, Site
 from palcache.tensors import PairBatch
-from palcache.token_batches import TokenBatch
 
 
 def project(
@@ -19,23 +19,28 @@ def project(
     prefix: str,
     parameters: Mapping[str, torch.Tensor],
     x: torch.Tensor,
-    noise: torch.Generator | None = None,
+    noise: RowNoise | None = None,
     updates: Parameters | None = None,
 ) -> torch.Tensor:
-    """Return a projector's image of rows or of positions, (..., d) -> (..., p) or (copies, ..., p).
+    """Return a projector's image of rows, (m, d) -> (m, p) or (copies, m, p).
 
     Its parameters stand under `prefix`; running statistics go on from those in `updates`, so that several calls in one
     pass follow each other.
     """
     own = part(parameters, prefix)
-    rows = x.reshape(-1, x.shape[-1]) if x.dim() > 2 else x
     if updates is None or not projector.batchnorm:
-        out = projector(own, rows, noise)
-    else:
-        found: Parameters = {}
-        out = projector({**own, **part(updates, prefix)}, rows, noise, found)
-        updates.update({prefix + name: value for name, value in found.items()})
-    return out if x.dim() <= 2 else out.reshape(*out.shape[:-2], *x.shape[:-1], projector.p)
+        return projector(own, x, noise)
+    found: Parameters = {}
+    out = projector({**own, **part(updates, prefix)}, x, noise, found)
+    updates.update({prefix + name: value for name, value in found.items()})
+    return out
+
+
+def row_noise(noise: Noise | None, site: Site, x: torch.Tensor, names: torch.Tensor | None) -> RowNoise | None:
+    """Return the noise of rows x, (m, d); without names they are counted."""
+    if noise is None:
+        return None
+    return noise.at(site, torch.arange(len(x), device=x.device) if names is None else names)
 
 
 def part(parameters: Mapping[str, torch.Tensor], prefix: str) -> Parameters:
@@ -47,24 +52,26 @@ def project_items(
     projector: Projector,
     score: Score,
     parameters: Mapping[str, torch.Tensor],
-    batch: PairBatch | TokenBatch,
-    noise: torch.Generator | None,
+    batch: PairBatch,
+    noise: Noise | None,
     updates: Parameters | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return both items of each comparison as the score compares them, (n, p) or (n, t, p).
+    """Return both items of each pair of rows as the score compares them, (n, p), or (m, p) with several a comparison.
 
     Distinct rows are projected once, except where a batchnorm takes its statistics from them: then all left rows are,
     and after them all right rows, as published.
     """
-    if isinstance(batch, TokenBatch):
-        sides = batch.left, batch.right
-    elif projector.batchnorm and updates is not None:
-        sides = batch.responses[batch.response_1], batch.responses[batch.response_2]
-    else:
-        items = prepare(score, project(projector, "f.", parameters, batch.responses, noise, updates))
-        return lookup(items, batch.response_1), lookup(items, batch.response_2)
-    left, right = (prepare(score, project(projector, "f.", parameters, side, noise, updates)) for side in sides)
-    return left, right
+
+    def image(x: torch.Tensor, names: torch.Tensor | None) -> torch.Tensor:
+        return prepare(score, project(projector, "f.", parameters, x, row_noise(noise, "items", x, names), updates))
+
+    names = batch.response_names
+    if projector.batchnorm and updates is not None:
+        sides = [(at, at if names is None else names[at]) for at in (batch.response_1, batch.response_2)]
+        left, right = (image(batch.responses[at], named) for at, named in sides)
+        return left, right
+    items = image(batch.responses, names)
+    return lookup(items, batch.response_1), lookup(items, batch.response_2)
 
 
 def batch_mixtures(
@@ -72,14 +79,22 @@ def batch_mixtures(
     logits: torch.Tensor,
     user: torch.Tensor,
     temperature: float,
-    noise: torch.Generator | None,
+    noise: Noise | None,
     updates: Parameters | None,
 ) -> torch.Tensor:
-    """Return the mixture of each comparison's user, (n, k); Gumbel noise is drawn anew for each comparison."""
+    """Return the mixture of each comparison's user, (n, k); each comparison has Gumbel noise of its own."""
     training = noise is not None or updates is not None
     if kind in {"gumbel", "gumbel_hard"}:
-        return mix(kind, lookup(logits, user), temperature, training=training, noise=noise)
+        own = lookup(logits, user)
+        return mix(kind, own, temperature, training=training, noise=row_noise(noise, "mixtures", own, None))
     return lookup(mix(kind, logits, temperature, training=training), user)
+
+
+def per_pair(values: torch.Tensor, batch: PairBatch) -> torch.Tensor:
+    """Return values of each pair of rows, (m, ...), where they are of each comparison, (n, ...)."""
+    if batch.comparison is None or len(values) == len(batch.comparison):
+        return values
+    return lookup(values, batch.comparison)
 
 
 def compare(

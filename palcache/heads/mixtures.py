@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from palcache.choices import Mixture
+from palcache.noises import RowNoise
 
 
 def softmax_mixtures(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -24,7 +25,7 @@ def mix(
     temperature: float,
     *,
     training: bool = False,
-    noise: torch.Generator | None = None,
+    noise: RowNoise | None = None,
 ) -> torch.Tensor:
     """Return points of the simplex, (..., k).
 
@@ -38,7 +39,7 @@ def mix(
         logits: user weights W, (..., k).
         temperature: T above 0.
         training: a training pass.
-        noise: draws the Gumbel noise; without it there is none.
+        noise: Gumbel noise of the rows of W, (u, k); without it there is none.
     """
     soft = softmax_mixtures(logits, temperature)
     if kind == "softmax" or (kind == "partition" and training):
@@ -46,8 +47,7 @@ def mix(
     if kind == "partition" or not training:
         return soft if kind == "gumbel" else _largest(logits)
     if noise is not None:
-        drawn = torch.empty_like(logits).exponential_(generator=noise)
-        soft = softmax_mixtures(logits - drawn.log(), temperature)
+        soft = softmax_mixtures(logits + noise.gumbel(logits.shape[-1]).to(logits.dtype), temperature)
     return soft if kind == "gumbel" else _largest(soft) - soft.detach() + soft
 
 

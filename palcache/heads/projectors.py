@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from palcache.choices import PROJECTOR, PROJECTOR_GRAMMAR
 from palcache.errors import InputError
+from palcache.noises import RowNoise
 
 Parameters = dict[str, torch.Tensor]
 
@@ -114,7 +115,7 @@ class Projector:
         self,
         parameters: Mapping[str, torch.Tensor],
         x: torch.Tensor,
-        noise: torch.Generator | None = None,
+        noise: RowNoise | None = None,
         updates: Parameters | None = None,
     ) -> torch.Tensor:
         """Project rows.
@@ -122,7 +123,7 @@ class Projector:
         Args:
             parameters: as `initial` draws them.
             x: (m, d).
-            noise: draws dropout in training; None in evaluation.
+            noise: dropout of these rows in training; None in evaluation.
             updates: in training, receives the new running statistics of batchnorms, which then normalise with those of
                 the rows; None in evaluation.
 
@@ -130,13 +131,21 @@ class Projector:
             (m, p), or (copies, m, p).
         """
         out = x if self.copies is None else x.expand(self.copies, *x.shape)
+        keep = self._keep(x, noise)
         for layer in range(len(self._widths())):
             if layer:
                 if self.batchnorm:
                     out = _normalise(parameters, f"{layer - 1}.norm.", out, updates)
-                out = self._activate(_dropout(out, self.dropout, noise))
+                out = self._activate(out if keep is None else out * keep[layer - 1].to(out.dtype))
             out = self._linear(parameters, layer, x if layer == 0 else out)
         return out + x if self.residual else out
+
+    def _keep(self, x: torch.Tensor, noise: RowNoise | None) -> tuple[torch.Tensor, ...] | None:
+        """Return the factors of dropout for each hidden layer, drawn at once."""
+        if noise is None or self.hidden < 1 or not noise.drops(self.dropout):
+            return None
+        factors = noise.keep(self.hidden * self.p, self.dropout, x.dtype, copies=self.copies)
+        return torch.split(factors, self.p, dim=-1)
 
     def _linear(self, parameters: Mapping[str, torch.Tensor], layer: int, x: torch.Tensor) -> torch.Tensor:
         weight, bias = parameters[f"{layer}.weight"], parameters.get(f"{layer}.bias")
@@ -152,13 +161,6 @@ class Projector:
         if self.activation == "relu":
             return F.relu(x)
         return F.gelu(x) if self.activation == "gelu" else x
-
-
-def _dropout(x: torch.Tensor, p: float, noise: torch.Generator | None) -> torch.Tensor:
-    if noise is None or p == 0:
-        return x
-    uniform = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=noise)  # half the time of bernoulli_
-    return x * uniform.ge_(p).div_(1 - p)
 
 
 def _normalise(

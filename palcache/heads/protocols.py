@@ -9,8 +9,8 @@ import torch
 
 from palcache.choices import Loss
 from palcache.heads.projectors import Parameters, is_buffer
+from palcache.noises import Noise
 from palcache.tensors import PairBatch, PreferenceData
-from palcache.token_batches import TokenBatch
 
 Group = Literal["projectors", "users", "prototypes", "scale"]
 """Parameters that share a learning rate."""
@@ -21,7 +21,7 @@ _GROUPS: Final[Mapping[str, Group]] = {"prototypes": "prototypes", "logit_scale"
 class Head(Protocol):
     """The shape of a head: a frozen value without tensors; its parameters are handed to each method.
 
-    A pass is one of training where `noise` (it draws dropout and Gumbel noise) or `updates` (it receives new running
+    A pass is one of training where `noise` (dropout and Gumbel noise) or `updates` (it receives new running
     statistics) is given, else one of evaluation. Parameters of heads of one shape may be stacked on a leading axis and
     mapped over (`torch.func.vmap`): no branch depends on a value.
     """
@@ -65,7 +65,7 @@ class Head(Protocol):
         batch: PairBatch,
         *,
         mixtures: torch.Tensor | None = None,
-        noise: torch.Generator | None = None,
+        noise: Noise | None = None,
         updates: Parameters | None = None,
     ) -> torch.Tensor:
         """Return r(response_2) - r(response_1), (n,); positive predicts y = +1."""
@@ -73,29 +73,33 @@ class Head(Protocol):
 
 @runtime_checkable
 class IdealPointHead(Head, Protocol):
-    """A head whose reward compares items with a user's ideal point, on pooled vectors and at every token."""
+    """A head whose reward compares items with a user's ideal point: on pooled vectors, or at every token of a span."""
 
-    def token_scores(
+    def rewards(
         self,
         parameters: Mapping[str, torch.Tensor],
-        batch: TokenBatch,
+        batch: PairBatch,
         *,
         mixtures: torch.Tensor | None = None,
-        noise: torch.Generator | None = None,
+        noise: Noise | None = None,
         updates: Parameters | None = None,
     ) -> torch.Tensor:
-        """Return r(response_1) and r(response_2) at every position, (n, t, 2)."""
+        """Return r(response_1) and r(response_2), (n, 2), or (m, 2) of several pairs of rows a comparison."""
 
     def points(
         self,
         parameters: Mapping[str, torch.Tensor],
-        batch: PairBatch | TokenBatch,
+        batch: PairBatch,
         *,
         mixtures: torch.Tensor | None = None,
-        noise: torch.Generator | None = None,
+        noise: Noise | None = None,
         updates: Parameters | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return items as the score compares them, left and right, and ideal points as they are, (..., p) each."""
+        """Return items as the score compares them, left and right, and ideal points as they are, (n, p) each.
+
+        Of comparisons with several pairs of rows, items are (m, p), and ideal points too where each pair has a prompt row
+        of its own; `palcache.heads.ideal_points.per_pair` gives each pair one.
+        """
 
     def compare(
         self,

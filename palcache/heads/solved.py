@@ -14,6 +14,7 @@ from palcache.configs import HeadConfig
 from palcache.heads.baselines import linear_margins
 from palcache.heads.projectors import Parameters
 from palcache.heads.scores import lookup
+from palcache.noises import Noise
 from palcache.tensors import PairBatch, PreferenceData
 
 ROWS: Final = 8_192
@@ -79,7 +80,7 @@ class PrincipalDirections:
         batch: PairBatch,
         *,
         mixtures: torch.Tensor | None = None,
-        noise: torch.Generator | None = None,  # noqa: ARG002 - nothing is random
+        noise: Noise | None = None,  # noqa: ARG002 - nothing is random
         updates: Parameters | None = None,  # noqa: ARG002 - there are no statistics
     ) -> torch.Tensor:
         """Return r(response_2) - r(response_1), (n,); arguments as for `palcache.heads.Head.margins`."""
@@ -160,7 +161,7 @@ class PerUser:
         batch: PairBatch,
         *,
         mixtures: torch.Tensor | None = None,
-        noise: torch.Generator | None = None,  # noqa: ARG002 - nothing is random
+        noise: Noise | None = None,  # noqa: ARG002 - nothing is random
         updates: Parameters | None = None,  # noqa: ARG002 - there are no statistics
     ) -> torch.Tensor:
         """Return r(response_2) - r(response_1), (n,); `mixtures` are linear rewards, (n, d)."""

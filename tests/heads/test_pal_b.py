@@ -17,6 +17,7 @@ from palcache.errors import InputError
 from palcache.heads import PalB, Parameters
 from palcache.heads.scores import scale
 from palcache.losses import cross_entropy
+from palcache.noises import Noise
 from palcache.tensors import PairBatch
 from tests.heads.test_projectors import doubles, reference
 
@@ -232,7 +233,7 @@ def test_nothing_is_changed_by_a_call() -> None:
     head = PalB(5, 3, 2, 4, "mlp1-relu-dropout2", 1.0)
     parameters, batch = random_parameters(head, 5), random_batch(n=6, d=5, users=4)
     before = {name: value.clone() for name, value in parameters.items()}
-    head.margins(parameters, batch, noise=torch.Generator().manual_seed(0))
+    head.margins(parameters, batch, noise=Noise.of(0))
     assert all(torch.equal(before[name], value) for name, value in parameters.items())
 
 
@@ -241,13 +242,13 @@ def test_dropout_stands_in_items_and_prototypes_in_training_alone() -> None:
     parameters, batch = random_parameters(head, 6), random_batch(n=6, d=5, users=4)
     plain = head.margins(parameters, batch)
     assert torch.equal(plain, head.margins(parameters, batch))
-    noisy = [head.margins(parameters, batch, noise=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    noisy = [head.margins(parameters, batch, noise=Noise.of(seed)) for seed in (1, 1, 2)]
     assert torch.equal(noisy[0], noisy[1])
     assert not torch.equal(noisy[0], noisy[2])
     assert not torch.equal(noisy[0], plain)
-    x = torch.ones(40, 5, dtype=torch.float64)
+    x, drawn = torch.ones(40, 5, dtype=torch.float64), Noise.of(1).at("items", torch.arange(40))
     for project in (head.project_responses, head.project_prompts):
-        assert not torch.equal(project(parameters, x, torch.Generator().manual_seed(1)), project(parameters, x))
+        assert not torch.equal(project(parameters, x, drawn), project(parameters, x))
 
 
 @pytest.mark.parametrize(("k", "count"), [(1, 1_575_947), (2, 2_363_925)])

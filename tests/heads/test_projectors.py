@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from palcache.choices import PROJECTOR_GRAMMAR
 from palcache.errors import InputError
 from palcache.heads import Parameters, Projector
+from palcache.noises import Noise, RowNoise
 
 Floats = npt.NDArray[np.float64]
 
@@ -36,6 +37,10 @@ def reference(projector: Projector, parameters: Mapping[str, torch.Tensor], x: F
             now = weight @ now + bias
         out.append(now + row if projector.residual else now)
     return np.array(out)
+
+
+def drawn(seed: int, rows: int) -> RowNoise:
+    return Noise.of(seed).at("items", torch.arange(rows))
 
 
 def doubles(parameters: Parameters) -> Parameters:
@@ -122,22 +127,22 @@ def test_initial_weights_are_uniform_in_their_bounds() -> None:
         assert values.std() == pytest.approx(bound / math.sqrt(3), rel=0.15)
 
 
-def test_dropout_draws_from_the_generator_alone() -> None:
+def test_dropout_depends_on_its_noise_alone() -> None:
     projector = Projector.parse("mlp1-linear-dropout25", d=4, p=50)
     parameters = projector.initial(torch.Generator().manual_seed(1))
     x = torch.ones(30, 4)
     torch.manual_seed(0)
-    first = projector(parameters, x, torch.Generator().manual_seed(3))
+    first = projector(parameters, x, drawn(3, 30))
     torch.manual_seed(1)
-    assert torch.equal(first, projector(parameters, x, torch.Generator().manual_seed(3)))
-    assert not torch.equal(first, projector(parameters, x, torch.Generator().manual_seed(4)))
+    assert torch.equal(first, projector(parameters, x, drawn(3, 30)))
+    assert not torch.equal(first, projector(parameters, x, drawn(4, 30)))
     assert torch.equal(projector(parameters, x), projector(parameters, x))
 
 
 def test_dropout_keeps_the_mean_and_drops_its_share() -> None:
     projector = Projector.parse("mlp1-linear-dropout25-nobias", d=1, p=1)
     parameters = {"0.weight": torch.ones(1, 1), "1.weight": torch.ones(1, 1)}
-    out = projector(parameters, torch.ones(40_000, 1), torch.Generator().manual_seed(3))
+    out = projector(parameters, torch.ones(40_000, 1), drawn(3, 40_000))
     assert sorted(set(out.flatten().tolist())) == pytest.approx([0, 4 / 3])
     assert float((out == 0).float().mean()) == pytest.approx(0.25, abs=0.01)
     assert float(out.mean()) == pytest.approx(1, abs=0.02)
@@ -146,5 +151,5 @@ def test_dropout_keeps_the_mean_and_drops_its_share() -> None:
 def test_dropout_stands_before_the_activation_and_not_after_the_output() -> None:
     projector = Projector.parse("mlp1-relu-dropout5", d=2, p=3)
     parameters = projector.initial(torch.Generator().manual_seed(5))
-    out = projector(parameters, torch.ones(200, 2), torch.Generator().manual_seed(6))
+    out = projector(parameters, torch.ones(200, 2), drawn(6, 200))
     assert bool((out != 0).all())  # the output layer's bias is never dropped

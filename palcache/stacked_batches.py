@@ -1,0 +1,124 @@
+"""Batches of a stack of heads: each head's own comparisons, on vectors that all share or that each has gathered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, final
+
+import torch
+import torch.nn.functional as F
+
+from palcache.fits import Course, epoch_order, order_seed
+from palcache.tensors import PairBatch, PreferenceData, Table
+
+REPEATS: Final = 0.8
+"""On a CPU repeated rows of a batch are sought where no more than this share of its rows is expected to be distinct."""
+Dims = tuple[int | None, ...]
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class StackedBatch:
+    """The fields of `PairBatch` for h heads at once.
+
+    Attributes:
+        values: in the order of the fields; those of heads of their own have a leading axis h.
+        dims: for each 0, or None where all heads share it, as `torch.func.vmap` takes it.
+    """
+
+    values: tuple[torch.Tensor, ...]
+    dims: Dims
+
+    @classmethod
+    def shared(cls, batch: PairBatch) -> StackedBatch:
+        """Return one batch for all heads."""
+        values = (batch.prompts, batch.prompt, batch.responses, batch.response_1, batch.response_2, batch.user, batch.y)
+        return cls(values, (None,) * len(values))
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class _Vectors:
+    """Vectors of a batch, (m, d) or (h, m, d), where each reference stands, and the names of the rows."""
+
+    rows: torch.Tensor
+    index: torch.Tensor
+    names: torch.Tensor
+    dims: Dims
+
+
+@final
+class StackedOrder:
+    """The comparisons of each step for each head; the order depends on the head's seed and the epoch alone.
+
+    Args:
+        train: the comparisons.
+        seeds: of the heads.
+        course: of the training.
+    """
+
+    def __init__(self, train: PreferenceData, seeds: Sequence[int], course: Course) -> None:
+        self._train, self._seeds, self._course = train, list(seeds), course
+        self._epoch = -1
+        self._batches: tuple[torch.Tensor, ...] = ()
+
+    def take(self, heads: Sequence[int]) -> None:
+        """Go on with some of the heads."""
+        self._seeds, self._epoch = [self._seeds[i] for i in heads], -1
+
+    def batch(self, step: int) -> StackedBatch:
+        """Return the batch of a step (from 0) for every head."""
+        epoch, number = divmod(step, self._course.steps_per_epoch)
+        if epoch != self._epoch:
+            n, streamed = len(self._train), self._train.streamed
+            orders = [epoch_order(n, order_seed(seed, epoch), streamed=streamed) for seed in self._seeds]
+            stacked = torch.stack(orders).to(self._train.device)
+            self._epoch, self._batches = epoch, stacked.tensor_split(self._course.steps_per_epoch, dim=1)
+        return self._gather(self._batches[number])
+
+    def _gather(self, at: torch.Tensor) -> StackedBatch:
+        """Return the batch of some comparisons, (h, n)."""
+        train, n = self._train, at.shape[1]
+        prompts = self._unread_prompts(at) if train.joint else self._vectors(train.prompts, train.prompt[at])
+        pair = torch.cat([train.response_1[at], train.response_2[at]], dim=1)
+        responses = self._vectors(train.responses, pair)
+        left, right = responses.index[..., :n], responses.index[..., n:]
+        values = (
+            prompts.rows, prompts.index, responses.rows, left, right, train.user[at], train.y[at], prompts.names,
+            responses.names,
+        )  # fmt: skip
+        (p_rows, p_index, p_names), (r_rows, r_index, r_names) = prompts.dims, responses.dims
+        return StackedBatch(values, (p_rows, p_index, r_rows, r_index, r_index, 0, 0, p_names, r_names))
+
+    def _unread_prompts(self, at: torch.Tensor) -> _Vectors:
+        """Return the one row that prompts of joint items stand for."""
+        zero = torch.zeros(1, dtype=torch.int64, device=at.device)
+        return _Vectors(self._train.prompts.take(zero), torch.zeros_like(at), zero, (None, 0, None))
+
+    def _vectors(self, table: Table, index: torch.Tensor) -> _Vectors:
+        """Return the vectors of references to a table, (h, r).
+
+        A table that is no longer than a head's references is shared whole: its vectors are there once, and each head
+        projects as many rows as it would of its own. Of a longer table each head gets its own rows, each once where
+        repeats are likely and finding them makes no device wait.
+        """
+        m, r = len(table), index.shape[1]
+        if table.resident is not None and m <= r:
+            return _Vectors(table.resident, index, torch.arange(m, device=index.device), (None, 0, None))
+        distinct = m * -math.expm1(-r / m)  # expected of r draws
+        if index.device.type == "cpu" and distinct < REPEATS * r:
+            found = [torch.unique(row, return_inverse=True) for row in index]
+            longest = max(len(rows) for rows, _ in found)
+            names = torch.stack([F.pad(rows, (0, longest - len(rows))) for rows, _ in found])
+            return _Vectors(_take(table, names), torch.stack([inverse for _, inverse in found]), names, (0, 0, 0))
+        return _Vectors(_take(table, index), torch.arange(r, device=index.device), index, (0, None, 0))
+
+
+def _take(table: Table, index: torch.Tensor) -> torch.Tensor:
+    """Return the vectors at (h, r), (h, r, d); of a streamed table each distinct row is read once."""
+    if not table.streamed:
+        return table.take(index.reshape(-1)).reshape(*index.shape, -1)
+    distinct, inverse = torch.unique(index, return_inverse=True)
+    return table.take(distinct)[inverse]
