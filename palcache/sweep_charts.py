@@ -47,25 +47,35 @@ def by_option(name: str, runs: Sequence[Row], means: Sequence[Row], levels: Sequ
     return chart(f"Accuracy on test by {name}", 280, yardsticks, every, spread, dots)
 
 
-def all_curves(rows: Sequence[Row], name: str) -> Spec:
-    """Return the validation loss of many runs by epoch; `value` is the option that colours them."""
+def all_curves(rows: Sequence[Row], chosen: Sequence[Row], name: str) -> Spec:
+    """Return the validation loss of many runs by epoch, and a dot where each is lowest.
+
+    Args:
+        rows: `run`, `epoch`, `loss` and `value`, that of the option which colours runs.
+        chosen: the same, of each run's lowest loss.
+        name: of the option.
+    """
     values = list(dict.fromkeys(row["value"] for row in rows))
-    colours = group_colours(len(values))
+    colour = {**scale_of(values, group_colours(len(values)), "value"), "legend": {"title": name} if name else None}
+    faint = max(0.25, min(0.9, 4 / math.sqrt(len(chosen))))
+    encoding = {
+        "x": field("epoch", "epoch", axis={"grid": False, "tickCount": 6}),
+        "y": field("loss", "validation loss (nats)", scale={"zero": False}),
+        "color": colour,
+    }
+    lines = {
+        "data": {"values": list(rows)},
+        "mark": {"type": "line", "strokeWidth": 1.2, "opacity": faint},
+        "encoding": {"detail": {"field": "run"}},
+    }
     tooltip = [
         field("run", "run", "nominal"),
-        number("loss", "validation loss", ".4f"),
-        number("epoch", "epoch", ".2f"),
+        number("loss", "lowest loss", ".4f"),
+        number("epoch", "at epoch", ".2f"),
     ]
-    colour = {**scale_of(values, colours, "value"), "legend": {"title": name} if name else None}
-    runs = len({row["run"] for row in rows})
-    lines = {
-        "mark": {"type": "line", "strokeWidth": 1.2, "opacity": max(0.25, min(0.9, 8 / math.sqrt(max(1, runs)) / 2))},
-        "encoding": {
-            "x": field("epoch", "epoch", axis={"grid": False, "tickCount": 6}),
-            "y": field("loss", "validation loss (nats)", scale={"zero": False}),
-            "detail": {"field": "run"},
-            "color": colour,
-            "tooltip": tooltip,
-        },
+    dots = {
+        "data": {"values": list(chosen)},
+        "mark": {"type": "point", "size": 24},
+        "encoding": {"tooltip": tooltip},
     }
-    return chart("Validation loss of all runs by epoch", 280, lines, data={"values": list(rows)})
+    return chart("Validation loss of all runs by epoch", 280, lines, dots, encoding=encoding)

@@ -116,18 +116,17 @@ def _setting(options: Options, without: str | None = None) -> str:
 
 
 def _curves(across: str | None, records: Sequence[RunRecord], book: ChartBook) -> Html:
-    rows: list[Row] = []
+    rows, chosen = [], []
     for record in records:
-        history = read_history(record.path / "history.csv")
-        best = min(row.val_loss for row in history)
         value = option_text(record.options[across]) if across else "all"
-        rows += [
-            {"run": record.path.name, "epoch": round(row.epoch, 3), "loss": round(row.val_loss, 5), "value": value,
-             "best": best}
-            for row in history
-        ]  # fmt: skip
-    caption = f"One line per run{f', coloured by {across}' if across else ''}."
-    return book.add("all-curves", sweep_charts.all_curves(rows, across or ""), "Validation loss", caption)
+        points: list[Row] = [
+            {"run": record.path.name, "epoch": round(row.epoch, 3), "loss": round(row.val_loss, 5), "value": value}
+            for row in read_history(record.path / "history.csv")
+        ]
+        rows += points
+        chosen.append(min(points, key=lambda point: point["loss"]))
+    caption = f"One line per run{f', coloured by {across}' if across else ''}; a dot where it is lowest."
+    return book.add("all-curves", sweep_charts.all_curves(rows, chosen, across or ""), "Validation loss", caption)
 
 
 def _all_runs(records: Sequence[RunRecord], contrasts: Contrasts) -> Html:

@@ -281,9 +281,9 @@ def test_a_sweep_of_300_heads_is_small_and_quick(browser: Browser, tmp_path: Pat
     assert list(charts_of(page))[:2] == ["by-option", "all-curves"]
     assert browser.run("return document.querySelectorAll('[data-drawn]').length") == len(charts_of(page))
     assert browser.run("return document.querySelectorAll('.tall tbody tr').length") >= 300
-    lines = "return document.querySelectorAll('[data-chart=all-curves] .mark-line path').length"
+    lines = "return document.querySelectorAll('[data-chart=all-curves] .layer_0_marks path').length"
     assert browser.run(lines) == 300
-    assert "lowest loss" in browser.hover("all-curves", ".mark-line path")
+    assert "lowest loss" in browser.hover("all-curves", ".mark-symbol path")
 
 
 @needs_charts
