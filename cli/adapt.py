@@ -99,7 +99,7 @@ def _show(result: AdaptedRun) -> None:
         e = point.evaluation
         micro, gain = e.accuracy["micro"], point.gain
         rows.append(
-            [str(point.shots), f"{e.users:,}", f"{micro.value:.4f}",
+            [str(point.shots), f"{e.users:,}", f"{point.left_out:,}", f"{micro.value:.4f}",
              f"{micro.low:.3f} to {micro.high:.3f}", f"{e.accuracy['macro'].value:.4f}",
              f"{gain.value:+.4f} ({gain.low:+.3f} to {gain.high:+.3f})",
              *(f"{value:.4f}" for value in (e.log_loss, e.brier, e.calibration_error) if value is not None)]

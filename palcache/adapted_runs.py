@@ -24,7 +24,7 @@ from palcache.posteriors import Posteriors, maximum_a_posteriori
 from palcache.reductions import ReducedComparisons, require_reducible
 from palcache.regions import credible_regions
 from palcache.reports import draw_curve
-from palcache.runs import load_run
+from palcache.run_folders import load_run, read_config
 from palcache.user_files import ADAPTED, UserTable, load_users, save_users
 
 SeenPolicy = Literal["refuse", "drop"]
@@ -117,6 +117,7 @@ def adapt_run(  # noqa: PLR0913 - keyword-only options
         MismatchError: a user is one of the head's own, or texts are not in the cache.
     """
     start = time.perf_counter()
+    read_config(path)
     head = load_head(path / "head.safetensors")
     require_reducible(head.shape)
     refuse_one_prototype(head.shape.k)

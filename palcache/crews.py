@@ -7,11 +7,14 @@ worker), and the shard of one that dies is taken over like that of any dead writ
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import pickle
 import signal
+import sys
 import tempfile
 import time
+import types
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +29,7 @@ from palcache.cache import Cache
 from palcache.comparisons import Comparisons
 from palcache.configs import EmbedConfig
 from palcache.encoding import count_references, embed_comparisons, store_table
-from palcache.errors import MismatchError, ModelError, PalcacheWarning
+from palcache.errors import InputError, MismatchError, ModelError, PalcacheWarning
 from palcache.locks import writing
 from palcache.spaces import differing_fields
 from palcache.summaries import EmbedProgress, EmbedSummary, OnProgress
@@ -34,6 +37,7 @@ from palcache.workers import Failure, Job, MakeEncoder, Ready, run_worker, write
 
 POLL_SECONDS: Final = 1.0
 END_SECONDS: Final = 10.0
+_GUARD: Final = 'in a script whose own function loads the model, call palcache under if __name__ == "__main__"'
 
 
 def embed_with_workers(  # noqa: PLR0913 - keyword-only options
@@ -156,6 +160,8 @@ class _Parent:
         failures = [worker.failure for worker in self.workers if worker.failure is not None]
         if failures:
             raise failures[0].error
+        if not any(worker.ready or (worker.process.exitcode or 0) < 0 for worker in self.workers):
+            raise InputError(f"No worker came up ({self.losses()}, see above); {_GUARD}.")
         return False
 
     def losses(self) -> str:
@@ -261,9 +267,34 @@ def _start(job: Job) -> _Worker:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=run_worker, args=(theirs, job), daemon=True, name=f"palcache-{job.config.device}")
-    process.start()
-    theirs.close()
+    try:
+        with _main_left_out(job.make_encoder):
+            process.start()
+    except RuntimeError as error:
+        if "bootstrapping" not in str(error):
+            raise
+        raise InputError(
+            f"A worker has imported the script that asks for workers, which asks again; {_GUARD}."
+        ) from error
+    finally:
+        theirs.close()
     return _Worker(job.config.device, process, ours)
+
+
+@contextlib.contextmanager
+def _main_left_out(make_encoder: MakeEncoder) -> Iterator[None]:
+    """Let a process that is started now not run the parent's script again, which it would do to find functions there.
+
+    A script then needs no `if __name__ == "__main__":`, unless what loads the model is a function of its own.
+    """
+    function = make_encoder.func if isinstance(make_encoder, functools.partial) else make_encoder
+    main = sys.modules["__main__"]
+    if getattr(function, "__module__", "__main__") != "__main__":
+        sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 @contextlib.contextmanager

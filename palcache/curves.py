@@ -213,6 +213,7 @@ class _Protocol:
             log_loss=float(np.mean([log_loss(values, y) for values in margins])),
             brier=float(np.mean([brier(values, y) for values in margins])),
             calibration_error=float(np.mean([calibration_error(values, y) for values in margins])),
+            temperature=self.population.noise,
             groups={} if groups is None else {
                 name: float(right[groups.codes == code].mean()) for code, name in enumerate(groups.values.to_pylist())
             },

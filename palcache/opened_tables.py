@@ -90,11 +90,11 @@ def open_table(
         )
     missing, total = _missing(cache, stored, spaces)
     if missing:
-        joint = " --items joint" if "joint" in spaces else ""
+        what, options = _embedding(cache, spaces)
         raise MismatchError(
-            f"{missing} of {total} {'prompts with their responses' if joint else 'texts'} of {stored.name} have no vector by "
-            f"{config['encoder'].get('model')} in {cache.path}; add them with palcache embed {source} --cache {cache.path} "
-            f"--model {config['encoder'].get('model')}{joint}."
+            f"{missing} of {total} {what} of {stored.name} have no vector by {config['encoder'].get('model')} in "
+            f"{cache.path}; add them with palcache embed {source} --cache {cache.path} "
+            f"--model {config['encoder'].get('model')}{options}."
         )
     data = _load(cache, stored, config, device)
     return OpenedTable(stored.name, stored.comparisons, data, head.to(data.device))
@@ -117,6 +117,14 @@ def _missing(cache: Cache, stored: StoredComparisons, spaces: Mapping[str, str])
         for role, wanted in keys.items()
     ]
     return sum(int((~known).sum()) for known in found), sum(map(len, found))
+
+
+def _embedding(cache: Cache, spaces: Mapping[str, str]) -> tuple[str, str]:
+    """Return what a run's spaces hold vectors of, and the options of palcache embed that make them."""
+    what, options = ("prompts with responses", " --items joint") if "joint" in spaces else ("texts", "")
+    known = [cache.space(space).spec for space in spaces.values() if space in cache.space_ids]
+    hidden = any(spec.get("encoder") == "hidden-states" for spec in known)
+    return what, options + (" --encoder hidden" if hidden else "")
 
 
 def population_of(path: Path, cache: Cache, opened: OpenedTable) -> Population:

@@ -160,12 +160,14 @@ def _width(prototypes: torch.Tensor | None, options: PublishedOptions, origin: s
 def _projector_name(bare: Mapping[str, torch.Tensor], given: str | None, *, pal_b: bool, square: bool) -> str:
     """Return the given name, or the one that the layers' tensors fit with the published activation: GELU, PAL-A's ReLU.
 
-    The published code overlooks `-nobias` after another ending, so whether there are biases is read off the tensors.
+    The published code takes residual and batchnorm in either order and overlooks `-nobias` after them, so whether there are
+    biases is read off the tensors.
     """
     layers = {(int(m[1]), m[2]): value for name, value in bare.items() if (m := _LAYER.fullmatch(name))}
     bias = (0, "bias") in layers
     if given is not None:
-        return given.removesuffix("-nobias") if bias else given
+        ordered = given.replace("-batchnorm-residual", "-residual-batchnorm")
+        return ordered.removesuffix("-nobias") if bias else ordered
     linear = [at for (at, what), value in layers.items() if what == "weight" and value.dim() == 2]
     batchnorm = any(what == "running_mean" for _, what in layers)
     style = "gelu-dropout0" if pal_b else "relu-dropout0" + ("-residual" if square else "")

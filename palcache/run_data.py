@@ -14,11 +14,12 @@ from palcache.cache import Cache, joint_space_of, spaces_of
 from palcache.choices import EMBED_ALL_TOKENS, EMBED_JOINT, EMBED_JOINT_TOKENS
 from palcache.comparison_files import StoredComparisons
 from palcache.comparisons import Comparisons
-from palcache.configs import FitConfig, HeadConfig, UnknownUsers
+from palcache.configs import FitConfig, HeadConfig, SplitConfig, UnknownUsers
 from palcache.errors import InputError, MismatchError
 from palcache.evaluation import known_rows
 from palcache.heads import build_head
 from palcache.joints import load_joint_preferences
+from palcache.splits import split_comparisons
 from palcache.tensors import PreferenceData, load_preferences
 from palcache.token_batches import TokenData, load_tokens
 from palcache.training import require_vectors
@@ -140,6 +141,13 @@ def own_spaces(path: Path, config: dict[str, Any], stored: StoredComparisons, ca
             f"the table {stored.name} in {cache.path} is not embedded by it; embed it with that model, or name its cache."
         )
     return spaces
+
+
+def resplit(stored: StoredComparisons, split: SplitConfig | None) -> StoredComparisons:
+    """Return a table split anew in memory, under its own name and fingerprint; None leaves it as it is."""
+    if split is None:
+        return stored
+    return replace(stored, comparisons=split_comparisons(stored.comparisons, split))
 
 
 def split_rows(stored: StoredComparisons, split: str | None) -> npt.NDArray[np.int64]:

@@ -31,7 +31,7 @@ from palcache.adaptation import describe_population
 from palcache.cache import Cache
 from palcache.checkpoints import TrainedHead, load_head, save_head
 from palcache.comparison_files import StoredComparisons
-from palcache.configs import FitConfig, HeadConfig, UnknownUsers
+from palcache.configs import FitConfig, HeadConfig, SplitConfig, UnknownUsers
 from palcache.errors import CacheError, InputError, MismatchError
 from palcache.evaluation import Evaluation, token_accuracy
 from palcache.files import read_json, write_json
@@ -95,9 +95,15 @@ def describe_run(
     head: HeadConfig,
     config: FitConfig,
     unknown_users: UnknownUsers,
+    *,
+    split: SplitConfig | None = None,
 ) -> dict[str, Any]:
-    """Return what a run must agree on to be continued, and a cache to be evaluated."""
+    """Return what a run must agree on to be continued, and a cache to be evaluated.
+
+    `split` is how the table was split anew for this run; None is the table's own split, of which nothing is said.
+    """
     return {
+        **({"split": split.to_dict()} if split else {}),
         "table": {**stored.about, "name": stored.name, "fingerprint": stored.fingerprint},
         "spaces": dict(spaces),
         "encoder": dict(cache.about(spaces.get("joint", spaces.get("prompt", "")))),
@@ -195,7 +201,13 @@ def begin_run(path: Path, about: Mapping[str, Any]) -> None:
 
 
 def finish_run(
-    path: Path, head: TrainedHead, blind: TrainedHead, fitted: FitResult, splits: Mapping[str, RunSplit]
+    path: Path,
+    head: TrainedHead,
+    blind: TrainedHead,
+    fitted: FitResult,
+    splits: Mapping[str, RunSplit],
+    *,
+    picture: bool = True,
 ) -> RunResult:
     """Evaluate a trained head and write what its run folder keeps; the run is then complete.
 
@@ -205,6 +217,7 @@ def finish_run(
         blind: its user-blind yardstick.
         fitted: how training went.
         splits: train, val and test.
+        picture: draw the curves, which takes longer than all the rest.
     """
     save_head(path / "head.safetensors", head)
     save_head(path / "user_blind.safetensors", blind)
@@ -217,7 +230,8 @@ def finish_run(
         save_prototypes(path / PROTOTYPES, describe_prototypes(head, splits["test"]))
     evaluations = {name: _evaluate(rules, predictions, name, splits[name]) for name in EVALUATED}
     write_history(path / "history.csv", fitted.history)
-    draw_history(path / "curves.png", fitted.history, best_step=fitted.best_step, title=_title(head))
+    if picture:
+        draw_history(path / "curves.png", fitted.history, best_step=fitted.best_step, title=_title(head))
     summary = {"best_step": fitted.best_step, "stopped_early": fitted.stopped_early}
     write_json(path / "metrics.json", {**evaluations_to_dict(evaluations), **summary})
     for leftover in (path / "state.safetensors", *path.glob(".*.tmp")):

@@ -19,6 +19,7 @@ from palcache.opened_tables import OpenedTable, open_table, population_of
 from palcache.pairs import pair_codes
 from palcache.posteriors import Gaussian, Posteriors, maximum_a_posteriori
 from palcache.reductions import require_reducible
+from palcache.run_folders import read_config
 from palcache.suggestions import suggest
 from palcache.user_files import ADAPTED, SEEN, UserTable, load_users
 
@@ -68,6 +69,7 @@ class Question:
 
 def list_users(path: Path) -> tuple[RunUser, ...]:
     """Return every user of a run, seen and adapted, with mixtures, counts and uncertainty."""
+    read_config(path)
     head = load_head(path / "head.safetensors")
     seen = load_users(path / SEEN, path / "head.safetensors")
     adapted = load_users(path / ADAPTED, path / "head.safetensors")
@@ -120,6 +122,7 @@ def suggest_run(  # noqa: PLR0913 - keyword-only options
         InputError: the head is none that users are adapted on, or has one prototype, or it is not clear who is meant.
         MismatchError: texts are not in the cache.
     """
+    read_config(path)
     head = load_head(path / "head.safetensors")
     require_reducible(head.shape)
     refuse_one_prototype(head.shape.k)

@@ -13,11 +13,20 @@ import torch
 
 from palcache.cache import Cache
 from palcache.checkpoints import TrainedHead, load_head, read_state, save_head, write_state
-from palcache.configs import FitConfig, HeadConfig, UnknownUsers
+from palcache.configs import FitConfig, HeadConfig, SplitConfig, UnknownUsers
 from palcache.errors import InputError, MismatchError, NumericsError
 from palcache.evaluation import Evaluation, known_rows
 from palcache.heads import Head, blind_config, build_head
-from palcache.run_data import RunSplit, check_vectors, load_splits, load_vectors, own_spaces, spaces_for, split_rows
+from palcache.run_data import (
+    RunSplit,
+    check_vectors,
+    load_splits,
+    load_vectors,
+    own_spaces,
+    resplit,
+    spaces_for,
+    split_rows,
+)
 from palcache.run_folders import (
     RunResult,
     begin_run,
@@ -149,12 +158,16 @@ def train_blind(
         if on_progress:
             on_progress(replace(event, rule="user_blind"))
 
-    blind_already = config.user_weights == "simplex" and not head.shape.closed_form
-    if head.shape.k == 1 and blind_already:  # free weights of one reward still have a sign
+    if is_blind(head.shape, config):
         return head
     shape = build_head(blind_config(config), d=head.shape.d, users=len(head.users))
     fitted = fit(shape, splits["train"].data, splits["val"].data, fit_config, on_progress=relabel)
     return TrainedHead(shape, fitted.parameters, head.users, head.about)
+
+
+def is_blind(shape: Head, config: HeadConfig) -> bool:
+    """Return whether a head has one reward for all: free weights of a single reward still have a sign."""
+    return shape.k == 1 and config.user_weights == "simplex" and not shape.closed_form
 
 
 def evaluate_run(
@@ -199,6 +212,9 @@ def evaluate_run(
     else:
         fit_config = FitConfig.from_mapping(config["fit"], origin=str(path / "config.json"))
         spaces = own_spaces(path, config, stored, cache)
+    own_table = not imported and stored.fingerprint == config["table"]["fingerprint"]
+    if own_table and "split" in config:
+        stored = resplit(stored, SplitConfig.from_mapping(config["split"], origin=str(path / "config.json")))
     data = load_vectors(cache, stored, spaces, device, fit_config)
     if data.width != head.shape.d:
         raise MismatchError(
@@ -220,7 +236,6 @@ def evaluate_run(
             f"The table {stored.name} has no comparisons in the split {split}; it has {', '.join(sorted(have)) or 'none'}: "
             "choose one with --split, or --split all."
         )
-    own_table = not imported and stored.fingerprint == config["table"]["fingerprint"]
     validation = part("val") if own_table else None
     where = data.device
     return evaluate_rules(head.to(where), blind.to(where) if blind else None, chosen, validation)

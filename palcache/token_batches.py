@@ -194,16 +194,13 @@ class TokenData:
         comparison, at = _positions(first, count.clamp(min=1))
         both, m = torch.cat([self.response_1[rows], self.response_2[rows]]), len(at)
         owner = torch.cat([comparison, comparison + n])
-        responses, place = take_positions(self.responses, both, owner, torch.cat([at, at]))
+        responses, place, names = take_positions(self.responses, both, owner, torch.cat([at, at]))
         if isinstance(self.prompts, RaggedRows | StreamedRows):
-            names = None
-            prompts, prompt = take_positions(self.prompts, self.prompt[rows], comparison, at)
+            prompts, prompt, prompt_names = take_positions(self.prompts, self.prompt[rows], comparison, at)
         else:
-            prompts, prompt, names = take_distinct(self.prompts, self.prompt[rows])
+            prompts, prompt, prompt_names = take_distinct(self.prompts, self.prompt[rows])
         user, y = self.user[rows], self.y[rows]
-        pairs = PairBatch(
-            prompts, prompt, responses, place[:m], place[m:], user, y, prompt_names=names, comparison=comparison
-        )
+        pairs = PairBatch(prompts, prompt, responses, place[:m], place[m:], user, y, prompt_names, names, comparison)
         return TokenBatch(pairs, comparison, at - first[comparison] + 1, count)
 
     def batches(self, size: int) -> Iterator[TokenBatch]:

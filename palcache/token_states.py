@@ -7,7 +7,7 @@ leave one, has one state of zeros where a state is asked for.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import Final, final
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,9 @@ import torch
 
 from palcache.cache import Space
 from palcache.tensors import refuse_non_finite
+
+TOKEN_BITS: Final = 24
+"""A state's name is its row times 2^24 plus its token."""
 
 
 @final
@@ -127,8 +130,8 @@ def take_states(states: StateRows, rows: torch.Tensor, first: torch.Tensor, stop
 
 def take_positions(
     states: StateRows, rows: torch.Tensor, owner: torch.Tensor, at: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the states that some positions need, each read once, and where each position's stands among them.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the states that some positions need, each read once, where each position's stands among them, and names.
 
     A position past a row's end has the row's last state.
 
@@ -139,7 +142,8 @@ def take_positions(
         at: positions, (q,) int64.
 
     Returns:
-        States (s, d) float32, and the place of each position among them, (q,) int64.
+        States (s, d), the place of each position among them, (q,) int64, and names of the states by text and token, which
+        noise goes by, (s,) int64.
     """
     distinct, inverse = torch.unique(rows, return_inverse=True)
     text = inverse[owner]
@@ -148,7 +152,8 @@ def take_positions(
     stop = torch.zeros_like(distinct).scatter_reduce_(0, text, at, "amax", include_self=False) + 1
     counts = stop - first
     begin = counts.cumsum(0) - counts
-    return take_states(states, distinct, first, stop), at + (begin - first)[text]
+    names = torch.repeat_interleave(distinct << TOKEN_BITS, counts) + run_places(first, counts)
+    return take_states(states, distinct, first, stop), at + (begin - first)[text], names
 
 
 def run_places(begin: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

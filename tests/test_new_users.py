@@ -95,6 +95,9 @@ def test_every_method_has_a_table(folder: Path, invoke: Invoke, method: str) -> 
         "--shots", "0,2", "--draws", 1, "--out", folder / "tables",
     )  # fmt: skip
     assert code == 0, err
+    row = next(line.split() for line in out.splitlines() if line.split()[:1] == ["2"])
+    assert row[1:3] == ["6", "0"]  # users, left out
+    assert 0 < float(row[3]) < 1
     assert f"method {method}, 1 draws, no ties; intervals resample users" in " ".join(out.split())
     assert "user-blind (k = 1), new users" in out
 

@@ -132,6 +132,17 @@ def test_round_trip(options: dict[str, Any], tmp_path: Path) -> None:
     assert inferred.items.hidden == (-1 if inferred.projector == "identity" else int(inferred.projector[3]))
 
 
+def test_names_are_read_as_the_published_code_reads_them() -> None:
+    """Residual and batchnorm stand in either order, and `-nobias` after them is overlooked: the file has biases."""
+    head = trained(projector="mlp1-gelu-dropout0-residual-batchnorm", p=7)
+    for name in ("mlp1-gelu-dropout0-batchnorm-residual", "mlp1-gelu-dropout0-residual-batchnorm-nobias"):
+        read = from_state(to_state(head), PublishedOptions(projector=name)).head
+        assert getattr(read.shape, "projector", None) == "mlp1-gelu-dropout0-residual-batchnorm"
+    bare = trained(projector="mlp1-gelu-dropout0-nobias")
+    read = from_state(to_state(bare), PublishedOptions(projector="mlp1-gelu-dropout0-nobias")).head
+    assert read.parameters.keys() == bare.parameters.keys()
+
+
 def test_dots_in_user_ids_are_escaped_for_the_published_code() -> None:
     names = [name for name in to_state(trained()) if ".W." in name]
     assert [name.split(".W.")[1] for name in names] == ["alice", "bob%2E2", "c%252E", "日本"]

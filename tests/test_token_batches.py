@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from palcache.configs import HeadConfig
+from palcache.heads import build_head
+from palcache.noises import Noise
 from palcache.spans import ragged_spans
 from palcache.token_batches import TokenBatch, TokenData
 from palcache.token_states import LastStates, RaggedRows, take_states
-from tests.building import all_tokens, make_token_data
+from tests.building import all_tokens, generator, make_token_data
 
 Texts = list[list[int]]
 texts_of = st.lists(st.lists(st.integers(0, 2), max_size=6), min_size=2, max_size=7)
@@ -135,7 +136,7 @@ def test_users_and_rows_are_renumbered() -> None:
 
 
 def test_comparisons_do_not_see_each_other() -> None:
-    """A batch's part of a comparison is what the comparison is alone."""
+    """A batch's part of a comparison is what the comparison is alone, noise included."""
     data = make_token_data(9, aligned=True)
     whole = all_tokens(data)
     for i in range(9):
@@ -145,4 +146,11 @@ def test_comparisons_do_not_see_each_other() -> None:
             states = whole.pairs.responses[getattr(whole.pairs, side)][mine]
             assert torch.equal(states, alone.pairs.responses[getattr(alone.pairs, side)])
         assert torch.equal(whole.pairs.prompts[whole.pairs.prompt][mine], alone.pairs.prompts[alone.pairs.prompt])
-    assert dataclasses.is_dataclass(whole)
+    head = build_head(HeadConfig(p=4, projector="mlp1-gelu-dropout5"), d=7, users=4)
+    parameters, noise = head.initial(generator(0)), Noise.of(3)
+    together = head.margins(parameters, whole.pairs, noise=noise)
+    for i in range(9):
+        margins = head.margins(parameters, data.batch(torch.tensor([i])).pairs, noise=noise)
+        torch.testing.assert_close(together[whole.comparison == i], margins, msg=str(i))
+    calm = head.margins(parameters, whole.pairs)
+    assert not torch.allclose(together, calm), "there is noise"

@@ -222,6 +222,19 @@ def test_the_space_with_tokens_is_taken(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_states_on_a_gpu_train_alike(cache: Cache, tmp_path: Path) -> None:
+    """The same batches, the same bytes twice, and losses near those of the CPU."""
+    runs = [
+        train_run(cache, tmp_path / f"{at}{device}", head=HEAD, config=FIT, device=device)
+        for at, device in enumerate(("cuda", "cuda", "cpu"))
+    ]
+    losses = [[row.train_loss for row in run.fitted.history] for run in runs if run.fitted]
+    assert losses[0] == losses[1]
+    assert losses[0] == pytest.approx(losses[2], rel=1e-3)
+
+
 def train(cache: Path, run: Path, *options: object) -> Result:
     command = ["train-head", str(cache), "--run", str(run), "--epochs", "1", "--device", "cpu", *map(str, options)]
     return CliRunner().invoke(app, command)

