@@ -221,7 +221,7 @@ class Scores:
     """How often a row's runs are right on each comparison.
 
     Attributes:
-        comparisons: digest of which comparisons these are.
+        comparisons: digests of which comparisons these are.
         right: share of runs that are right, (n,).
         user: code of each comparison's user, (n,).
     """
@@ -232,35 +232,33 @@ class Scores:
 
 
 def _scores(rule: str, members: Sequence[RunRecord], split: str) -> Scores | None:
-    """Return a row's scores, or None where a run has no predictions or runs of a table differ in their comparisons."""
+    """Return a row's scores, or None where a run has no predictions."""
     right: dict[str, list[Array]] = {}
-    shared: dict[str, tuple[Codes, list[str]]] = {}
+    users: dict[str, list[str]] = {}
     for record in members:
         found = record.predictions()
         part = found.splits.get(split) if found else None
         if found is None or part is None or rule not in part.margins:
             return None
-        rows, _ = shared.setdefault(found.table, (part.rows, [found.users[at] for at in part.user.tolist()]))
-        if not np.array_equal(rows, part.rows):
-            return None
-        right.setdefault(found.table, []).append(correctness(part.margins[rule], part.y))
-    tables = sorted(right)
-    which = arrays_digest({table: shared[table][0] for table in tables})
-    _, user = np.unique([user for table in tables for user in shared[table][1]], return_inverse=True)
-    return Scores(which, np.concatenate([np.mean(right[table], axis=0) for table in tables]), user)
+        which = arrays_digest({found.table: part.rows})  # a table may be split in several ways
+        right.setdefault(which, []).append(correctness(part.margins[rule], part.y))
+        users.setdefault(which, [found.users[at] for at in part.user.tolist()])
+    parts = sorted(right)
+    _, user = np.unique([name for which in parts for name in users[which]], return_inverse=True)
+    return Scores(" ".join(parts), np.concatenate([np.mean(right[which], axis=0) for which in parts]), user)
 
 
 def _tested(
     rows: tuple[ContrastRow, ...], scored: Sequence[Scores | None], *, draws: int, level: float, seed: int
 ) -> tuple[tuple[ContrastRow, ...], list[str]]:
     """Return the rows with their tests, and what has to be said about them."""
-    unpaired = sorted({str(row.paths[0]) for row, found in zip(rows, scored, strict=True) if found is None})
     scores = [found for found in scored if found is not None]
-    if unpaired:
-        more = f" and {len(unpaired) - 1} more" if len(unpaired) > 1 else ""
+    if len(scores) < len(rows):
+        unpaired = sorted({path for row in rows for path in row.paths if not (path / PREDICTIONS).is_file()})
+        more = f" (and {len(unpaired) - 1} more)" if len(unpaired) > 1 else ""
         note = (
-            f"Nothing is tested or marked: the test is paired, and {unpaired[0]}{more} cannot be paired, because there is "
-            f"no {PREDICTIONS} (train the head again) or its row has runs of other comparisons."
+            f"Nothing is tested or marked: the test is paired, and {unpaired[0]}{more} has no {PREDICTIONS}; train again to "
+            "have it."
         )
         return rows, [note]
     out, notes = list(rows), []

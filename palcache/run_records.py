@@ -112,11 +112,12 @@ def _read(path: Path) -> tuple[RunRecord, str] | None:
         _leave_out(path, "it is not finished")
         return None
     table, spaces = config["table"], config["spaces"]
+    split = config.get("split", table.get("split", {}))
     options = {
         **dataclasses.asdict(HeadConfig.from_mapping(config["head"], origin=str(path / "config.json"))),
         **dataclasses.asdict(FitConfig.from_mapping(config["fit"], origin=str(path / "config.json"))),
         "table": table["name"],
-        **{f"split.{name}": value for name, value in table.get("split", {}).items()},
+        **{f"split.{name}": value for name, value in split.items()},
         "unknown_users": config["unknown_users"],
         "encoder": config["encoder"].get("model"),
     }

@@ -205,7 +205,7 @@ def _configuration(view: RunView) -> Html:
     head = {**HeadConfig.from_mapping(config["head"]).to_dict()}
     fit = {**FitConfig.from_mapping(config["fit"]).to_dict()}
     table_facts = {"name": config["table"]["name"], "fingerprint": config["table"]["fingerprint"],
-                   **{f"split.{name}": value for name, value in config["table"].get("split", {}).items()},
+                   **{f"split.{name}": value for name, value in config.get("split", config["table"].get("split", {})).items()},
                    "ties": config["table"].get("ties"), "unknown users": config["unknown_users"]}  # fmt: skip
     encoder: dict[str, Any] = {**config["encoder"], **{f"{role} space": of for role, of in config["spaces"].items()}}
     own = ("Head", "Training")  # None is a default there, and nothing elsewhere

@@ -36,6 +36,7 @@ def make_run(
     table: str = "f00d",
     predictions: bool = True,
     steps: int = 3,
+    split_seed: int | None = None,
 ) -> Path:
     """Leave a complete run folder whose head is right the more often the higher its skill.
 
@@ -50,6 +51,7 @@ def make_run(
         table: fingerprint; it draws the answers.
         predictions: keep predictions and prototypes; older runs did not.
         steps: evaluations during training.
+        split_seed: the table was split anew with it.
     """
     head, fit = head or HeadConfig(k=2, p=3), fit or FitConfig()
     about = {
@@ -60,6 +62,8 @@ def make_run(
         "fit": fit.to_dict(),
         "unknown_users": "refuse",
     }
+    if split_seed is not None:
+        about["split"] = {"by": "pair", "seed": split_seed}
     begin_run(path, about)
     shape = build_head(head, d=D, users=len(users))
     generator = torch.Generator().manual_seed(fit.seed)
@@ -67,7 +71,7 @@ def make_run(
     if "user.logits" in parameters:
         parameters["user.logits"] = 2 * torch.randn(parameters["user.logits"].shape, generator=generator)
     save_head(path / "head.safetensors", TrainedHead(shape, parameters, tuple(users), about))
-    found, tables = _predictions(users, per_user, skill, fit.seed, text, table)
+    found, tables = _predictions(users, per_user, skill, fit.seed, text, table, split_seed or 0)
     evaluations = {name: evaluate_predictions(found, name, tables[name]) for name in ("val", "test")}
     metrics = {**evaluations_to_dict(evaluations), "best_step": 20, "stopped_early": False}
     history = [HistoryRow(10 * i, i, 0.7 / i, 0.7 / i + 0.01 * i, 0.6, 1e-3, 14.0) for i in range(1, steps + 1)]
@@ -80,9 +84,9 @@ def make_run(
 
 
 def _predictions(
-    users: Sequence[str], per_user: int, skill: float, seed: int, text: str, table: str
+    users: Sequence[str], per_user: int, skill: float, seed: int, text: str, table: str, split_seed: int
 ) -> tuple[Predictions, dict[str, Comparisons]]:
-    answers, noise = np.random.default_rng(int(table, 16)), np.random.default_rng(seed + 1)
+    answers, noise = np.random.default_rng([int(table, 16), split_seed]), np.random.default_rng(seed + 1)
     user = np.repeat(np.arange(len(users)), per_user)
     splits, tables = {}, {}
     for at, name in enumerate(("val", "test")):
@@ -92,7 +96,7 @@ def _predictions(
             "user_blind": y * 0.2 + noise.standard_normal(len(user)),
             "longer": np.round(y * 10 + 100 * answers.standard_normal(len(user))),
         }
-        splits[name] = SplitPredictions(np.arange(len(user)) + at * len(user), user, y, margins)
+        splits[name] = SplitPredictions(np.arange(len(user)) + (at + 2 * split_seed) * len(user), user, y, margins)
         rows = [
             {"user_id": users[u], "prompt": text, "response_1": f"{i}", "response_2": "b", "y": int(y[i])}
             for i, u in enumerate(user.tolist())

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +108,8 @@ def test_old_runs_without_predictions_are_compared_without_a_test(tmp_path: Path
     assert row_of(found, "head", k=4).runs == 1
     assert not any(row.best or row.p is not None for row in found.rows)
     said = (
-        f"Nothing is tested or marked: the test is paired, and {tmp_path / 'old'} cannot be paired, because there is no "
-        "predictions.safetensors (train the head again) or its row has runs of other comparisons."
+        f"Nothing is tested or marked: the test is paired, and {tmp_path / 'old'} has no predictions.safetensors; train again "
+        "to have it."
     )
     assert found.notes == (said,)
 
@@ -124,6 +121,20 @@ def test_other_comparisons_are_not_tested_against_each_other(tmp_path: Path, run
     assert "table" in found.by
     marked = [row.options["table"] for row in found.rows if row.best]
     assert sorted(str(name) for name in marked) == ["table (beef)", "table (f00d)"]
+
+
+def test_another_split_of_the_table_is_another_try_and_not_another_row(tmp_path: Path) -> None:
+    for k, skill in ((1, 0.3), (2, 1.5)):
+        for seed in range(2):
+            for split in range(2):
+                path = tmp_path / f"{k}-{seed}-{split}"
+                make_run(path, head=HeadConfig(k=k, p=3), fit=FitConfig(seed=seed), skill=skill, split_seed=split)
+    found = compare_runs([tmp_path])
+    assert found.by == ("k",)
+    assert [(row.rule, row.runs) for row in found.rows] == [("head", 4), ("head", 4), ("user_blind", 4), ("longer", 2)]
+    assert [row.options.get("k") for row in found.rows if row.best] == [2]
+    longer = [read_evaluations(tmp_path / f"1-0-{split}")["test"]["longer"].accuracy["micro"].value for split in (0, 1)]
+    assert row_of(found, "longer").metrics["micro"].mean == pytest.approx(np.mean(longer))
 
 
 def test_few_users_are_pointed_out(tmp_path: Path) -> None:
@@ -209,30 +220,3 @@ def test_latex_is_a_booktabs_table_of_escaped_text(tmp_path: Path) -> None:
     assert escape_latex("a_b & 50% {x} ~^\\ <$#>") == (
         r"a\_b \& 50\% \{x\} \textasciitilde{}\textasciicircum{}\textbackslash{} \textless{}\$\#\textgreater{}"
     )
-
-
-def palcache(*words: object, code: int = 0) -> tuple[str, str]:
-    """Run a command; return stdout and stderr."""
-    done = subprocess.run(
-        [str(Path(sys.executable).parent / "palcache"), *map(str, words)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == code, done.stderr
-    return done.stdout, done.stderr
-
-
-def test_the_command_prints_a_table_json_csv_and_latex(runs: Path) -> None:
-    out, said = palcache("compare", runs, "--by", "k", "--draws", 500)
-    assert "test: 9 runs, mean +- standard deviation over seeds" in out
-    assert [line.split()[:3] for line in out.splitlines() if line.startswith(" head *")] == [["head", "*", "2"]]
-    assert "paired bootstrap over users (500 draws)" in said
-    values = json.loads(palcache("compare", runs, "--json", "--draws", 500)[0])
-    assert values["test"] == {"method": "paired bootstrap over users, Holm", "draws": 500, "level": 0.05}
-    assert values["rows"][1]["metrics"]["micro"].keys() == {"mean", "deviation"}
-    assert palcache("compare", runs, "--csv")[0].startswith("rule,k,runs,micro,micro_deviation,")
-    assert r"\toprule" in palcache("compare", runs, "--latex")[0]
-
-
-def test_wrong_input_is_one_sentence(runs: Path, tmp_path: Path) -> None:
-    assert "Got more than one of --csv, --latex and --json" in palcache("compare", runs, "--csv", "--json", code=2)[1]
-    assert "holds none; give a folder" in palcache("compare", tmp_path, code=2)[1]
-    assert "Got 0 draws and the level 0.05" in palcache("compare", runs, "--draws", 0, code=2)[1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -190,21 +189,6 @@ def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is no run folder and holds none"):
         write_page(tmp_path, tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
-
-
-@needs_charts
-def test_the_command_writes_a_page(run: Path, tmp_path: Path) -> None:
-    command = [
-        str(Path(sys.executable).parent / "palcache"),
-        "report",
-        str(run),
-        "--out",
-        str(tmp_path / "p.html"),
-        "--json",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["bytes"] == (tmp_path / "p.html").stat().st_size
 
 
 @needs_charts
