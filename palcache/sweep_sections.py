@@ -11,7 +11,7 @@ from palcache.contrast_tables import RULES as ROW_NAMES
 from palcache.contrasts import ContrastRow, Contrasts, Spread
 from palcache.markup import Html, element, paragraph, section, table
 from palcache.page_figures import ChartBook, optional
-from palcache.run_records import Options, RunRecord
+from palcache.run_records import REPLICATES, Options, RunRecord
 from palcache.run_views import Row, read_history
 
 ACROSS = ("k", "p", "lr", "head", "loss", "score", "projector", "mixture")
@@ -130,7 +130,8 @@ def _curves(across: str | None, records: Sequence[RunRecord], book: ChartBook) -
 
 
 def _all_runs(records: Sequence[RunRecord], contrasts: Contrasts) -> Html:
-    options = [*contrasts.by, "seed"]
+    seeds = [name for name in REPLICATES if len({record.options.get(name) for record in records}) > 1]
+    options = dict.fromkeys((*contrasts.by, *(seeds or ["seed"])))
     columns = ["run", *options, "val log-loss", "val accuracy", *(f"test {name}" for name in HEADINGS.values())]
     rows = []
     for record in records:
