@@ -18,6 +18,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 ComparisonsOption = Annotated[
     str | None, typer.Option(help="Name of the comparison table; a cache with one needs none.", show_default=False)
 ]
+LogOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Log to tensorboard or wandb as well, in RUN/logs; may be repeated.", show_default=False),
+]
 UnknownUsersOption = Annotated[
     UnknownUsers, typer.Option(help="Users the head does not know: refuse, score with the mean mixture, or drop.")
 ]

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from palcache.configs import FitConfig as FitConfig
     from palcache.configs import HeadConfig as HeadConfig
     from palcache.configs import SplitConfig as SplitConfig
+    from palcache.contrasts import Contrasts as Contrasts
+    from palcache.contrasts import compare_runs as compare_runs
     from palcache.encoders.choices import load_encoder as load_encoder
     from palcache.encoders.hidden_states import HiddenStateEncoder as HiddenStateEncoder
     from palcache.encoders.sentence import SentenceEncoder as SentenceEncoder
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from palcache.joints import load_joint as load_joint
     from palcache.lints import lint_cache as lint_cache
     from palcache.merges import merge_caches as merge_caches
+    from palcache.pages import write_page as write_page
     from palcache.presets import load_preset as load_preset
     from palcache.repairs import repair_cache as repair_cache
     from palcache.run_users import list_users as list_users
@@ -68,6 +71,7 @@ _HOMES = {
     "AdaptedRun": "adapted_runs",
     "Cache": "cache",
     "Comparisons": "comparisons",
+    "Contrasts": "contrasts",
     "EmbedConfig": "configs",
     "Evaluation": "evaluation",
     "FitConfig": "configs",
@@ -88,6 +92,7 @@ _HOMES = {
     "adapt_run": "adapted_runs",
     "compact_cache": "compactions",
     "build_head": "heads",
+    "compare_runs": "contrasts",
     "comparison_spans": "spans",
     "divergence_spans": "spans",
     "embed_comparisons": "encoding",
@@ -118,6 +123,7 @@ _HOMES = {
     "suggest_run": "run_users",
     "train_run": "runs",
     "verify_cache": "verification",
+    "write_page": "pages",
 }
 __all__ = sorted(_HOMES)  # noqa: PLE0605 - one list for both
 __version__ = "0.1.0"

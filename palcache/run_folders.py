@@ -12,6 +12,7 @@ RUN/
   predictions.safetensors  what head and yardsticks predict on validation and test, comparison by comparison
   prototypes.json       what sets the prototypes apart (heads that have them)
   curves.png
+  logs/                 events for TensorBoard or Weights & Biases, where they were asked for; no part of the run
   state.safetensors     where to go on; only while training is unfinished
 ```
 """
@@ -46,6 +47,8 @@ from palcache.user_files import SEEN, UserTable, save_users
 
 FORMAT: Final = "palcache-run"
 VERSION: Final = 1
+LOGS: Final = "logs"
+"""Where logs of the training go; a folder with nothing else is as good as none."""
 RULES: Final = ("head", "user_blind", "longer")
 
 
@@ -112,7 +115,7 @@ def describe_run(
 
 def is_complete(path: Path, about: dict[str, Any], *, resume: bool) -> bool:
     """Refuse a folder that is taken or cannot be continued; return whether its run is complete already."""
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    if not path.exists() or (path.is_dir() and all(child.name == LOGS for child in path.iterdir())):
         return False
     if not (path / "config.json").is_file():
         raise InputError(f"{path} exists and is no run folder; name a new one with --run.")

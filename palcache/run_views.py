@@ -35,7 +35,8 @@ class Simplex:
     """Users among the prototypes.
 
     Attributes:
-        form: k = 2 is a line, k = 3 a triangle, more are projected on the two directions in which users differ most.
+        form: k = 2 is a line, k = 3 a triangle; more, and free weights, are projected on the two directions in which users
+            differ most.
         users: `user`, `group`, `x`, `y` and `mixture` (text) of each.
         corners: `name`, `x`, `y` of each prototype.
         explained: share of the users' variance that a projection shows; None where nothing is lost.
@@ -206,7 +207,9 @@ def place_users(users: Sequence[str], groups: Sequence[str], mixtures: Array) ->
     k = mixtures.shape[1]
     shown = np.array(_thinned(np.lexsort((np.arange(len(users)), mixtures[:, 0])).tolist()))
     corners, explained = np.eye(k), None
-    form: Form = "line" if k == 2 else "triangle" if k == 3 else "projection"
+    inside = bool(np.allclose(mixtures.sum(1), 1, atol=1e-4) and mixtures.min() > -1e-4)  # free weights are not
+    forms: dict[int, Form] = {2: "line", 3: "triangle"}
+    form: Form = forms.get(k, "projection") if inside else "projection"
     if form == "line":
         points = np.stack([mixtures[shown, 1], _stacked(mixtures[shown, 1])], axis=1)
         ends = np.array([[0.0, 0.0], [1.0, 0.0]])

