@@ -17,6 +17,7 @@ from . import (
     lint,
     presets,
     suggest,
+    sweep,
     train_head,
     users,
 )
@@ -32,6 +33,7 @@ app = typer.Typer(
 app.command("embed")(embed.embed)
 app.command("import")(import_vectors.import_vectors)
 app.command("train-head")(train_head.train_head)
+app.command("sweep")(sweep.sweep)
 app.command("evaluate")(evaluate.evaluate)
 app.command("adapt")(adapt.adapt)
 app.command("suggest")(suggest.suggest)
