@@ -273,9 +273,13 @@ def _drawn(name: str, how: Any, generator: np.random.Generator, origin: str) -> 
         return _listed(name, how, origin)[int(generator.integers(len(how)))]
     pair = next(iter(how.items())) if isinstance(how, dict) and len(how) == 1 else ("", None)
     kind, ends = pair
-    good = isinstance(ends, list) and len(ends) == 2 and all(isinstance(end, int | float) for end in ends)
     kinds = _kinds(name)
-    if good and ends[0] < ends[1]:
+    if (
+        isinstance(ends, list)
+        and len(ends) == 2
+        and all(isinstance(end, int | float) for end in ends)
+        and ends[0] < ends[1]
+    ):
         low, high = ends
         if kind == "log" and float in kinds and low > 0:
             return float(f"{math.exp(generator.uniform(math.log(low), math.log(high))):.4g}")

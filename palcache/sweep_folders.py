@@ -159,7 +159,7 @@ def open_sweep(
     """
     before = _read(path)
     asked: list[Params] = [*before.get("heads", []), *grid.heads()]
-    trials = {}
+    trials: dict[str, Trial] = {}
     for params in asked:
         trial = _trial(cache, path, params, stored, space, unknown_users)
         trials.setdefault(trial.name, trial)

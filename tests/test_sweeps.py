@@ -26,7 +26,7 @@ from palcache.grids import Grid, configs_of, parse_grid
 from palcache.heads import build_head
 from palcache.runs import evaluate_run, load_run, train_run
 from palcache.stack_plans import fit_members, plan_stacks
-from palcache.stacks import Member
+from palcache.stacks import Member, fit_stack
 from palcache.sweeps import SweepProgress, SweepResult, run_sweep
 from tests.building import make_data
 from tests.worlds import files_of, make_cache, planted_rows
@@ -67,9 +67,9 @@ def test_heads_equal_train_run_and_their_folders_differ_by_the_picture_alone(cac
         for mine, theirs in zip(head.run.fitted.history, alone.fitted.history, strict=True):
             assert mine.val_loss == pytest.approx(theirs.val_loss, abs=1e-5)
             assert mine.train_loss == pytest.approx(theirs.train_loss, abs=1e-5)
-        mine, theirs = files_of(head.path), files_of(alone.path, without=["curves.png"])
-        assert mine.keys() == theirs.keys()
-        assert mine["config.json"] == theirs["config.json"]
+        files, expected_files = files_of(head.path), files_of(alone.path, without=["curves.png"])
+        assert files.keys() == expected_files.keys()
+        assert files["config.json"] == expected_files["config.json"]
         assert head.run.evaluations.keys() == alone.evaluations.keys()
         for split, rules in alone.evaluations.items():
             for rule, expected in rules.items():
@@ -281,7 +281,7 @@ def test_groups_fit_the_memory_and_keep_jobs_busy(monkeypatch: pytest.MonkeyPatc
 
 def test_without_memory_groups_are_halved_and_that_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    original = stack_plans.fit_stack
+    original = fit_stack
 
     def narrow(stack: Sequence[Member], *data: Any, **options: Any) -> Any:
         sizes.append(len(stack))
