@@ -19,6 +19,7 @@ from . import (
     presets,
     report,
     suggest,
+    sweep,
     train_head,
     users,
 )
@@ -34,6 +35,7 @@ app = typer.Typer(
 app.command("embed")(embed.embed)
 app.command("import")(import_vectors.import_vectors)
 app.command("train-head")(train_head.train_head)
+app.command("sweep")(sweep.sweep)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from palcache.evaluation import evaluate_head as evaluate_head
     from palcache.evaluation import predict_margins as predict_margins
     from palcache.exports import export_cache as export_cache
+    from palcache.grids import Grid as Grid
+    from palcache.grids import parse_grid as parse_grid
+    from palcache.grids import read_grid as read_grid
     from palcache.heads import PalA as PalA
     from palcache.heads import PalB as PalB
     from palcache.heads import build_head as build_head
@@ -57,7 +60,11 @@ if TYPE_CHECKING:
     from palcache.spans import comparison_spans as comparison_spans
     from palcache.spans import divergence_spans as divergence_spans
     from palcache.splits import split_comparisons as split_comparisons
+    from palcache.stacks import Member as Member
+    from palcache.stacks import fit_stack as fit_stack
     from palcache.stages import embed_tables as embed_tables
+    from palcache.sweeps import SweepResult as SweepResult
+    from palcache.sweeps import run_sweep as run_sweep
     from palcache.tables import read_comparisons as read_comparisons
     from palcache.tensors import PreferenceData as PreferenceData
     from palcache.tensors import load_preferences as load_preferences
@@ -76,9 +83,11 @@ _HOMES = {
     "Evaluation": "evaluation",
     "FitConfig": "configs",
     "FitResult": "training",
+    "Grid": "grids",
     "HeadConfig": "configs",
     "HiddenStateEncoder": "encoders.hidden_states",
     "JointData": "joints",
+    "Member": "stacks",
     "NamedVectors": "vectors",
     "PalA": "heads",
     "PalB": "heads",
@@ -88,6 +97,7 @@ _HOMES = {
     "SentenceEncoder": "encoders.sentence",
     "Space": "cache",
     "SplitConfig": "configs",
+    "SweepResult": "sweeps",
     "TrainedHead": "checkpoints",
     "adapt_run": "adapted_runs",
     "compact_cache": "compactions",
@@ -102,6 +112,7 @@ _HOMES = {
     "export_cache": "exports",
     "export_checkpoint": "imported_runs",
     "fit": "training",
+    "fit_stack": "stacks",
     "import_checkpoint": "imported_runs",
     "import_vectors": "imports",
     "lint_cache": "lints",
@@ -113,11 +124,14 @@ _HOMES = {
     "load_preset": "presets",
     "load_run": "runs",
     "merge_caches": "merges",
+    "parse_grid": "grids",
     "plan_embedding": "encoding",
     "predict_margins": "evaluation",
     "read_comparisons": "tables",
+    "read_grid": "grids",
     "read_vectors": "vectors",
     "repair_cache": "repairs",
+    "run_sweep": "sweeps",
     "save_head": "checkpoints",
     "split_comparisons": "splits",
     "suggest_run": "run_users",

@@ -17,7 +17,7 @@ from palcache.stacks import Member, StackProgress, fit_stack
 from palcache.tensors import MEMORY_SHARE, PreferenceData
 from palcache.training import fit
 
-HEADS_ON_CPU: Final = 32
+HEADS_ON_CPU: Final = 64
 """At most so many heads in a stack on a CPU: larger ones gain nothing, and their results come later."""
 HEADS_PER_JOB: Final = 8
 """A kind of heads is spread over jobs in stacks of at least so many: smaller ones cost more than a job gains."""
