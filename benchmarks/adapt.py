@@ -15,9 +15,9 @@ import torch
 from palcache.checkpoints import TrainedHead
 from palcache.configs import HeadConfig
 from palcache.heads import PalB
-from palcache.posteriors import Gaussian, maximum_a_posteriori
-from palcache.reductions import ReducedComparisons, reduce_comparisons
 from palcache.tensors import PreferenceData, TensorTable
+from palcache.users.posteriors import Gaussian, maximum_a_posteriori
+from palcache.users.reductions import ReducedComparisons, reduce_comparisons
 
 USERS, SHOTS, K, D = 100_000, 10, 8, 384
 PROMPTS, RESPONSES = 5_000, 20_000

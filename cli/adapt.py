@@ -14,7 +14,7 @@ from .failures import reports_errors
 from .options import DeviceOption, JsonOption, RunArgument, SpacesCacheOption
 
 if TYPE_CHECKING:
-    from palcache.adapted_runs import AdaptedRun
+    from palcache.runs.adapted import AdaptedRun
 
 COLUMNS = (
     "n",
@@ -60,8 +60,8 @@ def adapt(
     json_: JsonOption = False,
 ) -> None:
     """Adapt a frozen head to new users from few comparisons each, and show the learning curve."""
-    from palcache.adapted_runs import adapt_run
     from palcache.cache import Cache
+    from palcache.runs.adapted import adapt_run
 
     wanted = _numbers(shots)
     with progress("adapt") as bar:

@@ -30,7 +30,7 @@ from .options import (
 
 if TYPE_CHECKING:
     from palcache.cache import Cache
-    from palcache.repairs import Repair
+    from palcache.care.repairs import Repair
 
 _EMBED = EmbedConfig()
 app = typer.Typer(help="Look into a cache, check it and take care of it.", no_args_is_help=True)
@@ -139,7 +139,7 @@ def verify(
 ) -> None:
     """Check every byte against its sum, and with --reencode a sample of rows against the model. Exit code 1 if unsound."""
     from palcache.cache import Cache
-    from palcache.verification import reencode_sample, verify_cache
+    from palcache.care.verification import reencode_sample, verify_cache
 
     opened = Cache(cache)
     config = EmbedConfig(
@@ -183,8 +183,8 @@ def verify(
 
 
 def _repair(opened: Cache, config: EmbedConfig) -> Repair:
-    from palcache.repairs import repair_cache
-    from palcache.stages import load_default
+    from palcache.care.repairs import repair_cache
+    from palcache.embedding.stages import load_default
 
     with progress("repair") as bar:
         return repair_cache(

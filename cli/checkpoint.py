@@ -47,8 +47,8 @@ def import_(
 ) -> None:
     """Make a run folder of a published checkpoint; nothing in it is unpickled but tensors and plain values."""
     from palcache.heads import head_to_dict, parameter_count
-    from palcache.imported_runs import import_checkpoint
-    from palcache.published import PublishedOptions
+    from palcache.published.layout import PublishedOptions
+    from palcache.runs.imported import import_checkpoint
 
     options = PublishedOptions(projector, score, user_form, mixture, width)
     found = import_checkpoint(checkpoint, run, options=options, encoder_out=encoder_out, encoder_config=encoder_config)
@@ -80,7 +80,7 @@ def export(
     json_: JsonOption = False,
 ) -> None:
     """Write a run's head in the published layout; dots in user ids become %2E there."""
-    from palcache.imported_runs import export_checkpoint
+    from palcache.runs.imported import export_checkpoint
 
     head = export_checkpoint(run, checkpoint, encoder=encoder)
     if json_:

@@ -36,8 +36,8 @@ def compare(
     json_: JsonOption = False,
 ) -> None:
     """Compare runs: mean and standard deviation over seeds, the best marked only where a paired test supports it."""
-    from palcache.contrast_tables import contrasts_csv, contrasts_latex, remarks
     from palcache.contrasts import compare_runs
+    from palcache.pages.contrast_tables import contrasts_csv, contrasts_latex, remarks
 
     if csv + latex + json_ > 1:
         raise InputError("Got more than one of --csv, --latex and --json; give one of them.")
@@ -55,7 +55,7 @@ def compare(
 
 
 def _show(found: Contrasts) -> None:
-    from palcache.contrast_tables import HEADINGS, RULES, row_options
+    from palcache.pages.contrast_tables import HEADINGS, RULES, row_options
 
     columns = ["", *found.by, "runs", *HEADINGS.values(), "behind the first (95 % interval)", "p"]
     rows = [

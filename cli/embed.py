@@ -31,7 +31,7 @@ from .options import (
 
 if TYPE_CHECKING:
     from palcache.comparisons import Ties
-    from palcache.encoding import EmbedProgress, EmbedSummary
+    from palcache.embedding.encoding import EmbedProgress, EmbedSummary
 
 
 _EMBED = EmbedConfig()
@@ -104,8 +104,8 @@ def embed(
     encodes its own part. Under torchrun or srun, every process takes the device of its rank.
     """
     from palcache.devices import parse_devices
+    from palcache.embedding.stages import embed_tables
     from palcache.errors import InputError
-    from palcache.stages import embed_tables
 
     if devices is not None and device != _EMBED.device:
         raise InputError(f"Got --device {device} and --devices {devices}; give one of them.")

@@ -23,7 +23,7 @@ def report(
     json_: JsonOption = False,
 ) -> None:
     """Write one self-contained HTML page about a run or a sweep; it opens without a network."""
-    from palcache.pages import write_page
+    from palcache.pages.pages import write_page
 
     start = time.perf_counter()
     write_page(folder, out)

@@ -156,7 +156,7 @@ def train_head(
     """Train a head on cached vectors; the encoder never runs."""
     from palcache.cache import Cache
     from palcache.event_logs import finish_logs, open_logs
-    from palcache.runs import train_run
+    from palcache.runs.trainings import train_run
 
     stages = _stages(preset, config)
     shape = _given(k=k, p=p, projector=projector, head=head, score=score, user_form=user_form, mixture=mixture,

@@ -13,14 +13,14 @@ from typing import Any, Final, final
 import numpy.typing as npt
 import torch
 
-from palcache.comparison_files import StoredComparisons, read_stored, write_stored
 from palcache.errors import CacheError, InputError, MismatchError, StorageError
 from palcache.files import read_json, storage_errors, sync_folder, write_json
 from palcache.fingerprints import digest
-from palcache.journals import journal_line, read_journal, write_journal
-from palcache.locks import locked
-from palcache.shards import Shard
-from palcache.spaces import Space
+from palcache.storage.comparison_files import StoredComparisons, read_stored, write_stored
+from palcache.storage.journals import journal_line, read_journal, write_journal
+from palcache.storage.locks import locked
+from palcache.storage.shards import Shard
+from palcache.storage.spaces import Space
 
 __all__ = ["MANIFEST", "Cache", "Space", "joint_space_of", "spaces_of"]
 

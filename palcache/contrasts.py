@@ -21,9 +21,9 @@ from palcache.evaluation import Evaluation
 from palcache.fingerprints import arrays_digest
 from palcache.metrics import Array, Codes, Estimate, correctness
 from palcache.paired_tests import DRAWS, LEVEL, paired_test
-from palcache.predictions import PREDICTIONS
-from palcache.run_folders import RULES
-from palcache.run_records import Options, RunRecord, differing, read_records
+from palcache.runs.folders import RULES
+from palcache.runs.predictions import PREDICTIONS
+from palcache.runs.records import Options, RunRecord, differing, read_records
 
 METRICS: Final = ("micro", "macro", "worst_tenth", "log_loss", "calibration_error")
 FEW_USERS: Final = 20

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, Protocol, final, get_args
 
 from palcache.checkpoints import HistoryRow
 from palcache.errors import InputError, PalcacheError
-from palcache.run_folders import LOGS, RunResult
+from palcache.runs.folders import LOGS, RunResult
 from palcache.training import FitProgress
 
 LogKind = Literal["tensorboard", "wandb"]

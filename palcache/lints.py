@@ -18,9 +18,9 @@ from palcache.comparisons import Comparisons, IntArray
 from palcache.errors import CacheError
 from palcache.fingerprints import digest
 from palcache.pairs import Codes, contradictions, distinct_rows, pair_codes
-from palcache.run_folders import read_config
-from palcache.runs import evaluate_run
-from palcache.shards import FAILED
+from palcache.runs.folders import read_config
+from palcache.runs.trainings import evaluate_run
+from palcache.storage.shards import FAILED
 
 EXAMPLES: Final = 3
 TEXT: Final = 60

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from palcache.cache import Cache, Space, joint_space_of, spaces_of
-from palcache.comparison_files import StoredComparisons
 from palcache.errors import MismatchError
+from palcache.storage.comparison_files import StoredComparisons
 
 CHUNK_TOKENS: Final = 1 << 22
 """Tokens compared at once: memory stays flat however many comparisons there are."""

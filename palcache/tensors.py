@@ -11,11 +11,11 @@ import numpy.typing as npt
 import torch
 
 from palcache.cache import Cache, Space, spaces_of
-from palcache.comparison_files import StoredComparisons
 from palcache.devices import free_memory, resolve_device
 from palcache.errors import MismatchError, NumericsError
 from palcache.fingerprints import Keys, hex_key
-from palcache.spaces import Which
+from palcache.storage.comparison_files import StoredComparisons
+from palcache.storage.spaces import Which
 
 MEMORY_SHARE: Final = 0.4
 """Vectors go to the device at once if they fill at most this share of its free memory; else they are streamed."""

@@ -16,9 +16,9 @@ import torch
 
 from palcache.cache import Cache, Space
 from palcache.choices import PromptAlignment
-from palcache.comparison_files import StoredComparisons
 from palcache.devices import free_memory, resolve_device
 from palcache.spans import divergence_spans
+from palcache.storage.comparison_files import StoredComparisons
 from palcache.tensors import (
     MEMORY_SHARE,
     PairBatch,

@@ -21,9 +21,9 @@ import numpy.typing as npt
 from palcache.cache import Cache
 from palcache.comparisons import Comparisons
 from palcache.configs import EmbedConfig
-from palcache.encoding import embed_comparisons
+from palcache.embedding.encoding import embed_comparisons
 from palcache.errors import PalcacheError
-from palcache.shards import ShardWriter
+from palcache.storage.shards import ShardWriter
 from tests.stubs import StubEncoder
 
 CONTEXT: Final = multiprocessing.get_context("forkserver")

@@ -14,10 +14,10 @@ from palcache.comparisons import Comparisons
 from palcache.configs import FitConfig, HeadConfig
 from palcache.files import write_json
 from palcache.heads import build_head
-from palcache.predictions import PREDICTIONS, Predictions, SplitPredictions, evaluate_predictions, save_predictions
-from palcache.prototypes import PROTOTYPES, Decision, Prototypes, save_prototypes
 from palcache.reports import write_history
-from palcache.run_folders import begin_run, evaluations_to_dict
+from palcache.runs.folders import begin_run, evaluations_to_dict
+from palcache.runs.predictions import PREDICTIONS, Predictions, SplitPredictions, evaluate_predictions, save_predictions
+from palcache.runs.prototypes import PROTOTYPES, Decision, Prototypes, save_prototypes
 from palcache.training import HistoryRow
 
 USERS = tuple(f"user {i}" for i in range(30))

@@ -12,10 +12,10 @@ import torch
 from palcache.checkpoints import TrainedHead
 from palcache.comparisons import Column, Comparisons
 from palcache.heads import PalB
-from palcache.padded_users import contrasts
-from palcache.posteriors import Gaussian
-from palcache.reductions import ReducedComparisons
 from palcache.synthetic import PlantedComparisons, Population, draw_population, population_comparisons
+from palcache.users.padded_users import contrasts
+from palcache.users.posteriors import Gaussian
+from palcache.users.reductions import ReducedComparisons
 
 D, P = 13, 11
 TEMPERATURE = 0.05

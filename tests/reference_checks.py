@@ -21,7 +21,7 @@ from palcache.heads import PalA, PalB, Parameters
 from palcache.heads.projectors import is_buffer
 from palcache.losses import position_weights
 from palcache.objectives import Objective
-from palcache.published import PREFIX, PublishedOptions, from_state, to_state
+from palcache.published.layout import PREFIX, PublishedOptions, from_state, to_state
 from palcache.token_batches import TokenBatch, TokenData
 from palcache.token_states import RaggedRows
 from palcache.training import FitState, fit

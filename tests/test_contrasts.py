@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from palcache.configs import FitConfig, HeadConfig
-from palcache.contrast_tables import contrasts_csv, contrasts_latex, escape_latex
 from palcache.contrasts import Contrasts, compare_runs
 from palcache.errors import InputError, PalcacheWarning
+from palcache.pages.contrast_tables import contrasts_csv, contrasts_latex, escape_latex
 from palcache.paired_tests import holm, paired_test
-from palcache.run_folders import read_evaluations
-from palcache.run_records import find_runs, read_records
+from palcache.runs.folders import read_evaluations
+from palcache.runs.records import find_runs, read_records
 from tests.made_runs import make_run
 
 SKILLS = {1: 0.2, 2: 1.5, 3: 1.0}

@@ -15,8 +15,8 @@ from palcache.cache import Cache
 from palcache.configs import FitConfig, HeadConfig
 from palcache.errors import InputError, NumericsError, PalcacheError
 from palcache.event_logs import final_metrics, finish_logs, open_logs
-from palcache.run_folders import LOGS, RunResult
-from palcache.runs import train_run
+from palcache.runs.folders import LOGS, RunResult
+from palcache.runs.trainings import train_run
 from palcache.training import FitProgress
 from tests.worlds import files_of, make_cache, planted_rows
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from palcache.cache import VERSION, Cache, Space
-from palcache.compactions import compact_cache
-from palcache.encoding import embed_comparisons
-from palcache.exports import export_cache
-from palcache.layouts import dataset_places
-from palcache.merges import merge_caches
-from palcache.repairs import repair_cache
-from palcache.verification import verify_cache
+from palcache.care.compactions import compact_cache
+from palcache.care.exports import export_cache
+from palcache.care.merges import merge_caches
+from palcache.care.repairs import repair_cache
+from palcache.care.verification import verify_cache
+from palcache.embedding.encoding import embed_comparisons
+from palcache.storage.layouts import dataset_places
 from tests.golden.make_golden import golden_table
 from tests.golden.make_golden_states import CONFIGS, golden_states
 from tests.stubs import contents, differing, flip_bit

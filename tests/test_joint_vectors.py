@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from palcache.adapted_runs import adapt_run
 from palcache.cache import Cache
 from palcache.comparisons import Comparisons
 from palcache.configs import EmbedConfig, FitConfig, HeadConfig
+from palcache.embedding.stages import embed_tables
 from palcache.encoders.hidden_states import load_hidden_states
 from palcache.errors import InputError, MismatchError
 from palcache.fingerprints import KEY_BYTES, content_key
 from palcache.joints import load_joint_preferences
-from palcache.run_users import list_users, suggest_run
-from palcache.runs import evaluate_run, load_run, train_run
-from palcache.stages import embed_tables
+from palcache.runs.adapted import adapt_run
+from palcache.runs.seen_users import list_users, suggest_run
+from palcache.runs.trainings import evaluate_run, load_run, train_run
 from tests.models import save_model
 
 
@@ -158,8 +158,8 @@ def test_cosine_heads_of_any_loss_know_their_users(cache: Cache, tmp_path: Path)
 def test_an_imported_run_is_evaluated_where_the_widths_agree(cache: Cache, tmp_path: Path) -> None:
     from palcache.checkpoints import TrainedHead
     from palcache.heads import build_head
-    from palcache.imported_runs import import_checkpoint
-    from palcache.published_files import write_published
+    from palcache.published.files import write_published
+    from palcache.runs.imported import import_checkpoint
 
     for width, name in ((384, "fits"), (8, "narrow")):
         shape = build_head(HeadConfig(p=8, projector="mlp1-gelu-dropout0"), d=width, users=3)

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from palcache import tensors
 from palcache.cache import Cache
-from palcache.comparison_files import StoredComparisons
 from palcache.configs import StoredDtype
 from palcache.errors import InputError, MismatchError, NumericsError
+from palcache.storage.comparison_files import StoredComparisons
 from palcache.tensors import PreferenceData, VectorTable, load_preferences
 from tests.worlds import KnownVectors, Row, known_vectors, make_cache
 

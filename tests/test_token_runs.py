@@ -18,14 +18,14 @@ from palcache.cache import Cache
 from palcache.checkpoints import TrainedHead
 from palcache.comparisons import Comparisons
 from palcache.configs import EmbedConfig, FitConfig, HeadConfig, SplitConfig
+from palcache.embedding.stages import embed_tables
 from palcache.encoders.hidden_states import HiddenStateEncoder, load_hidden_states
 from palcache.errors import InputError
 from palcache.evaluation import predict_margins
-from palcache.run_data import load_vectors, spaces_for
-from palcache.run_users import suggest_run
-from palcache.runs import evaluate_run, train_run
-from palcache.scoring import score_token_ids
-from palcache.stages import embed_tables
+from palcache.published.scoring import score_token_ids
+from palcache.runs.inputs import load_vectors, spaces_for
+from palcache.runs.seen_users import suggest_run
+from palcache.runs.trainings import evaluate_run, train_run
 from palcache.token_batches import TokenData, load_tokens
 from tests.models import corpus, save_model
 from tests.worlds import Interrupter, Interruption, files_of
@@ -188,7 +188,7 @@ def test_rewards_of_a_run_are_those_of_token_ids(cache: Cache, tmp_path: Path) -
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("palcache.runs.STATE_SECONDS", 0.0)
+    monkeypatch.setattr("palcache.runs.trainings.STATE_SECONDS", 0.0)
     train_run(cache, tmp_path / "whole", head=HEAD, config=FIT, device="cpu")
     with pytest.raises(Interruption):
         train_run(cache, tmp_path / "cut", head=HEAD, config=FIT, device="cpu", on_progress=Interrupter(4))

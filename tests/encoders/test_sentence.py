@@ -18,8 +18,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from palcache.batching import plan_batches
 from palcache.configs import EmbedConfig
+from palcache.embedding.batching import plan_batches
 from palcache.encoders import Encoder, Role, loading
 from palcache.encoders.sentence import SentenceEncoder, load_encoder, resolve_compute_dtype
 from palcache.errors import InputError, ModelError

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from palcache.cache import Cache
+from palcache.care.verification import reencode_sample
 from palcache.comparisons import Comparisons
 from palcache.configs import EmbedConfig, SplitConfig
+from palcache.embedding.stages import embed_tables
 from palcache.encoders import Role, loading
 from palcache.encoders.choices import load_encoder as load_any
 from palcache.encoders.sentence import SentenceEncoder, load_encoder
 from palcache.errors import InputError, ModelError
-from palcache.stages import embed_tables
-from palcache.verification import reencode_sample
 from tests.models import save_model
 from tests.tiny_models import WIDTH, build_tiny_model
 

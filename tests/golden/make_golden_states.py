@@ -14,7 +14,7 @@ from typing import Final
 
 from palcache.cache import VERSION, Cache
 from palcache.configs import EmbedConfig
-from palcache.encoding import embed_comparisons
+from palcache.embedding.encoding import embed_comparisons
 from tests.golden.make_golden import HERE, golden_table
 from tests.state_stubs import StubStateEncoder
 
