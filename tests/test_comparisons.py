@@ -229,7 +229,7 @@ def test_a_value_that_only_some_rows_have_is_refused() -> None:
         Comparisons.from_rows([row(0), row(1, group="g")])
 
 
-@pytest.mark.parametrize("value", [["a"], {"role": "user"}, (1, 2), object()], ids=repr)
+@pytest.mark.parametrize("value", [["a"], {"role": "user"}, (1, 2), pytest.param(object(), id="object")], ids=repr)
 def test_nested_values_are_refused(value: Any) -> None:
     expected = rf"^rows, row 2: prompt is of type {type(value).__name__}; expected plain text: render conversations"
     with pytest.raises(InputError, match=expected):
