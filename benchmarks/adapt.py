@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from palcache.checkpoints import TrainedHead
 from palcache.configs import HeadConfig
 from palcache.heads import PalB
-from palcache.posteriors import Gaussian, maximum_a_posteriori
-from palcache.reductions import ReducedComparisons, reduce_comparisons
-from palcache.tensors import PreferenceData
+from palcache.tensors import PreferenceData, TensorTable
+from palcache.users.posteriors import Gaussian, maximum_a_posteriori
+from palcache.users.reductions import ReducedComparisons, reduce_comparisons
 
 USERS, SHOTS, K, D = 100_000, 10, 8, 384
 PROMPTS, RESPONSES = 5_000, 20_000
@@ -46,19 +46,6 @@ class Figures:
     def seconds(self) -> float:
         """In all."""
         return self.reduce + self.solve
-
-
-class _Vectors:
-    """Stands for a table of vectors in memory."""
-
-    def __init__(self, rows: torch.Tensor) -> None:
-        self.rows, self.width, self.streamed = rows, rows.shape[1], False
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def take(self, index: torch.Tensor) -> torch.Tensor:
-        return self.rows[index]
 
 
 def measure(*, quick: bool = False, device: str = "cpu") -> Figures:
@@ -96,8 +83,8 @@ def _questions(users: int, generator: torch.Generator, device: str) -> Preferenc
 
     left = numbers(RESPONSES)
     return PreferenceData(
-        prompts=_Vectors(torch.randn(PROMPTS, D, generator=generator).to(device)),  # type: ignore[arg-type]
-        responses=_Vectors(torch.randn(RESPONSES, D, generator=generator).to(device)),  # type: ignore[arg-type]
+        prompts=TensorTable(torch.randn(PROMPTS, D, generator=generator).to(device)),
+        responses=TensorTable(torch.randn(RESPONSES, D, generator=generator).to(device)),
         prompt=numbers(PROMPTS),
         response_1=left,
         response_2=(left + 1 + numbers(RESPONSES - 1)) % RESPONSES,
@@ -110,11 +97,10 @@ def _questions(users: int, generator: torch.Generator, device: str) -> Preferenc
 def _answers(reduced: ReducedComparisons, generator: torch.Generator) -> ReducedComparisons:
     """Return the comparisons with answers drawn under mixtures of their own for every user."""
     logits = 1.5 * torch.randn(len(reduced.users), K, generator=generator, dtype=torch.float64)
-    chance = torch.sigmoid(reduced.margins(torch.softmax(logits, dim=1).to(reduced.b)))
-    uniform = torch.rand(len(reduced), generator=generator, dtype=torch.float64).to(reduced.b)
+    chance = torch.sigmoid(reduced.margins(torch.softmax(logits, dim=1).to(reduced.products)))
+    uniform = torch.rand(len(reduced), generator=generator, dtype=torch.float64).to(reduced.products)
     answers = torch.where(uniform < chance, 1.0, -1.0).double()
-    names = ("b", "grams", "prompt", "user", "users", "temperature")
-    return ReducedComparisons(y=answers, **{name: getattr(reduced, name) for name in names})
+    return replace(reduced, y=answers)
 
 
 def _finish(device: str) -> None:

@@ -22,8 +22,8 @@ import torch
 from palcache.cache import Cache
 from palcache.comparisons import Comparisons
 from palcache.configs import FitConfig, HeadConfig, SplitConfig
+from palcache.embedding.stages import embed_tables
 from palcache.heads import PalB, Parameters
-from palcache.stages import embed_tables
 from palcache.tables import read_comparisons
 from palcache.tensors import PreferenceData, load_preferences
 from palcache.training import FitState, fit, validate

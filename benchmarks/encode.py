@@ -19,10 +19,10 @@ from benchmarks.results import Row, row
 from benchmarks.sources import fresh, minilm, mixed_texts, scratch, write_pairs
 from palcache.cache import Cache
 from palcache.configs import EmbedConfig
+from palcache.embedding.stages import embed_tables
+from palcache.embedding.summaries import EmbedSummary
 from palcache.encoders.sentence import SentenceEncoder, load_encoder
 from palcache.fingerprints import text_keys
-from palcache.stages import embed_tables
-from palcache.summaries import EmbedSummary
 
 Dtype = Literal["float32", "bfloat16"]
 Vectors = npt.NDArray[np.float32]

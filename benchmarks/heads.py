@@ -22,9 +22,9 @@ import pyarrow as pa
 from palcache.cache import Cache
 from palcache.comparisons import Comparisons
 from palcache.configs import FitConfig, HeadConfig, SplitConfig
+from palcache.embedding.stages import embed_tables
 from palcache.heads import build_head
 from palcache.splits import split_comparisons
-from palcache.stages import embed_tables
 from palcache.tables import read_comparisons
 from palcache.tensors import PreferenceData, load_preferences
 from palcache.training import fit, validate

@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.defaults import DATA, persona_comparisons
-from palcache.adaptation import MethodName
-from palcache.adapted_runs import AdaptedRun, adapt_run
 from palcache.cache import Cache
 from palcache.comparisons import Comparisons
 from palcache.configs import FitConfig, HeadConfig, SplitConfig
-from palcache.runs import train_run
-from palcache.stages import embed_tables
+from palcache.embedding.stages import embed_tables
+from palcache.runs.adapted import AdaptedRun, adapt_run
+from palcache.runs.trainings import train_run
 from palcache.tables import read_comparisons
+from palcache.users.adaptation import MethodName
 
 METHODS: tuple[MethodName, ...] = ("published", "likelihood", "map")
 

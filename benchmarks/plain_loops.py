@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.measuring import clock, finish
 from palcache import PalB, PreferenceData
 from palcache.noises import Noise
-from palcache.tensors import PairBatch, TensorTable, VectorTable
+from palcache.tensors import PairBatch
 
 Sample = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, torch.Tensor]
 Margins = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -30,7 +30,9 @@ class CachedVectors(Dataset[Sample]):
     """
 
     def __init__(self, data: PreferenceData) -> None:
-        self.prompts, self.responses = _vectors(data.prompts), _vectors(data.responses)
+        self.prompts, self.responses = (
+            table.take(torch.arange(len(table), device=data.device)).cpu() for table in (data.prompts, data.responses)
+        )
         self.rows = torch.stack([data.prompt, data.response_1, data.response_2, data.user], dim=1).tolist()
         self.y = data.y.cpu()
 
@@ -40,11 +42,6 @@ class CachedVectors(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         prompt, left, right, user = self.rows[index]
         return self.prompts[prompt], self.responses[left], self.responses[right], user, self.y[index]
-
-
-def _vectors(table: VectorTable | TensorTable) -> torch.Tensor:
-    device = table.device if isinstance(table, VectorTable) else table.vectors.device
-    return table.take(torch.arange(len(table), device=device)).cpu()
 
 
 @final

@@ -23,10 +23,10 @@ from benchmarks.results import Row, row
 from benchmarks.sources import add_vectors, random_vectors, scratch
 from palcache.cache import Cache
 from palcache.configs import EmbedConfig
+from palcache.embedding.encoding import full_spec
+from palcache.embedding.stages import embed_tables
 from palcache.encoders import Role, TokenizedTexts
-from palcache.encoding import full_spec
 from palcache.fingerprints import text_keys
-from palcache.stages import embed_tables
 
 GOAL_SECONDS: Final = 60
 GOAL_BYTES: Final = 2 * 2**30

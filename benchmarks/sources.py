@@ -19,16 +19,16 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from palcache import Cache, Space
-from palcache.comparison_files import StoredComparisons
 from palcache.comparisons import Column, Comparisons
 from palcache.configs import EmbedConfig, SplitConfig
+from palcache.embedding.stages import embed_tables
 from palcache.encoders.sentence import BUNDLED, MINILM
 from palcache.fingerprints import Keys, text_keys
-from palcache.layouts import ShardHeader, create_shard
 from palcache.sentences import TOPICS
-from palcache.shards import ShardWriter
 from palcache.splits import split_comparisons
-from palcache.stages import embed_tables
+from palcache.storage.comparison_files import StoredComparisons
+from palcache.storage.layouts import ShardHeader, create_shard
+from palcache.storage.shards import ShardWriter
 from palcache.synthetic import PlantedComparisons, draw_population, population_comparisons
 
 DATA: Final = Path(__file__).parents[2] / "shared" / "data"

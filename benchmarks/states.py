@@ -21,12 +21,12 @@ from benchmarks.sources import fresh, mixed_texts, numbered, scratch, write_pair
 from palcache.cache import Cache
 from palcache.comparisons import Column, Comparisons
 from palcache.configs import ComputeDtype, EmbedConfig, StoredDtype
+from palcache.embedding.encoding import embed_comparisons
+from palcache.embedding.stages import embed_tables
+from palcache.embedding.summaries import EmbedProgress, EmbedSummary
 from palcache.encoders import Role, TokenizedTexts
 from palcache.encoders.hidden_states import HiddenStateEncoder, load_hidden_states
-from palcache.encoding import embed_comparisons
 from palcache.fingerprints import text_keys
-from palcache.stages import embed_tables
-from palcache.summaries import EmbedProgress, EmbedSummary
 
 BATCH: Final = 32
 STORED: Final[tuple[StoredDtype, ...]] = ("float32", "float16", "bfloat16", "int8")

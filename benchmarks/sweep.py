@@ -16,8 +16,8 @@ from benchmarks.sources import data_file, embedded, scratch, small_planted
 from palcache import Cache, EmbedConfig, FitConfig, HeadConfig, PreferenceData, build_head, fit, load_preferences
 from palcache.devices import side_by_side
 from palcache.fits import FitResult
-from palcache.stack_plans import fit_members, plan_stacks
 from palcache.stacks import Member
+from palcache.sweeps.plans import fit_members, plan_stacks
 from palcache.tensors import TensorTable
 
 TABLE: Final = "convarg/seen_users.parquet"

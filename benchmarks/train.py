@@ -18,10 +18,10 @@ from benchmarks.plain_loops import CachedVectors, PlainPalB, palcache_margins, t
 from benchmarks.results import Row, row
 from benchmarks.sources import data_file, embedded, planted_cache, scratch, small_planted
 from palcache import Cache, EmbedConfig, FitConfig, HeadConfig, PalB, PreferenceData, fit, load_preferences
-from palcache.comparison_files import StoredComparisons
 from palcache.heads import Parameters
 from palcache.losses import cross_entropy
 from palcache.noises import Noise
+from palcache.storage.comparison_files import StoredComparisons
 from palcache.synthetic import draw_population, population_comparisons
 from palcache.training import FitProgress
 

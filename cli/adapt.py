@@ -14,7 +14,7 @@ from .failures import reports_errors
 from .options import DeviceOption, JsonOption, RunArgument, SpacesCacheOption
 
 if TYPE_CHECKING:
-    from palcache.adapted_runs import AdaptedRun
+    from palcache.runs.adapted import AdaptedRun
 
 COLUMNS = (
     "n",
@@ -60,8 +60,8 @@ def adapt(
     json_: JsonOption = False,
 ) -> None:
     """Adapt a frozen head to new users from few comparisons each, and show the learning curve."""
-    from palcache.adapted_runs import adapt_run
     from palcache.cache import Cache
+    from palcache.runs.adapted import adapt_run
 
     wanted = _numbers(shots)
     with progress("adapt") as bar:
@@ -99,7 +99,7 @@ def _show(result: AdaptedRun) -> None:
         e = point.evaluation
         micro, gain = e.accuracy["micro"], point.gain
         rows.append(
-            [str(point.shots), f"{e.users:,}", f"{micro.value:.4f}",
+            [str(point.shots), f"{e.users:,}", f"{point.left_out:,}", f"{micro.value:.4f}",
              f"{micro.low:.3f} to {micro.high:.3f}", f"{e.accuracy['macro'].value:.4f}",
              f"{gain.value:+.4f} ({gain.low:+.3f} to {gain.high:+.3f})",
              *(f"{value:.4f}" for value in (e.log_loss, e.brier, e.calibration_error) if value is not None)]

@@ -10,12 +10,14 @@ from . import (
     adapt,
     cache,
     checkpoint,
+    compare,
     demo,
     embed,
     evaluate,
     import_vectors,
     lint,
     presets,
+    report,
     suggest,
     sweep,
     train_head,
@@ -35,6 +37,8 @@ app.command("import")(import_vectors.import_vectors)
 app.command("train-head")(train_head.train_head)
 app.command("sweep")(sweep.sweep)
 app.command("evaluate")(evaluate.evaluate)
+app.command("compare")(compare.compare)
+app.command("report")(report.report)
 app.command("adapt")(adapt.adapt)
 app.command("suggest")(suggest.suggest)
 app.command("users")(users.users)

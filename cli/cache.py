@@ -23,11 +23,14 @@ from .options import (
     PoolingOption,
     PromptTemplateOption,
     ResponseTemplateOption,
+    RevisionOption,
+    TruncateDimOption,
+    TrustOption,
 )
 
 if TYPE_CHECKING:
     from palcache.cache import Cache
-    from palcache.repairs import Repair
+    from palcache.care.repairs import Repair
 
 _EMBED = EmbedConfig()
 app = typer.Typer(help="Look into a cache, check it and take care of it.", no_args_is_help=True)
@@ -119,6 +122,9 @@ def verify(
     model: Annotated[str, typer.Option(help="The model for --reencode, as for palcache embed.")] = _EMBED.model,
     compute_dtype: Annotated[ComputeDtype, typer.Option(help="As for palcache embed.")] = _EMBED.compute_dtype,
     max_tokens: Annotated[int | None, typer.Option(help="As for palcache embed.", show_default=False)] = None,
+    truncate_dim: TruncateDimOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
     encoder: EncoderOption = _EMBED.encoder,
     pooling: PoolingOption = _EMBED.pooling,
     layer: LayerOption = _EMBED.layer,
@@ -133,13 +139,13 @@ def verify(
 ) -> None:
     """Check every byte against its sum, and with --reencode a sample of rows against the model. Exit code 1 if unsound."""
     from palcache.cache import Cache
-    from palcache.verification import reencode_sample, verify_cache
+    from palcache.care.verification import reencode_sample, verify_cache
 
     opened = Cache(cache)
     config = EmbedConfig(
         model=model, compute_dtype=compute_dtype, max_tokens=max_tokens, device=device, encoder=encoder,
         pooling=pooling, layer=layer, prompt_template=prompt_template, response_template=response_template,
-        chat_template=chat_template,
+        chat_template=chat_template, truncate_dim=truncate_dim, revision=revision, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     mended = _repair(opened, config) if repair else None
     total = sum(path.stat().st_size for path in Path(cache).glob("spaces/*/shards/*.h5"))
@@ -177,8 +183,8 @@ def verify(
 
 
 def _repair(opened: Cache, config: EmbedConfig) -> Repair:
-    from palcache.repairs import repair_cache
-    from palcache.stages import load_default
+    from palcache.care.repairs import repair_cache
+    from palcache.embedding.stages import load_default
 
     with progress("repair") as bar:
         return repair_cache(

@@ -59,7 +59,7 @@ def compact(
 ) -> None:
     """Drop vectors that no comparison table names, failed rows and repeats, and join small shards."""
     from palcache.cache import Cache
-    from palcache.compactions import compact_cache
+    from palcache.care.compactions import compact_cache
 
     with progress("compact") as bar:
         done = compact_cache(
@@ -89,7 +89,7 @@ def merge(
 ) -> None:
     """Bring caches that were built apart into one: rows without repeats, tables by name."""
     from palcache.cache import Cache
-    from palcache.merges import merge_caches
+    from palcache.care.merges import merge_caches
 
     with progress("merge") as bar:
         done = merge_caches(
@@ -122,7 +122,7 @@ def export(
 ) -> None:
     """Write vectors with their keys and texts for other tools."""
     from palcache.cache import Cache
-    from palcache.exports import export_cache
+    from palcache.care.exports import export_cache
 
     with progress("export") as bar:
         written = export_cache(
@@ -137,6 +137,7 @@ def export(
         print_json({"path": str(cache), "format": form, "spaces": spaces})
         return
     for one in written:
-        typer.echo(f"{one.role} {one.space_id[:8]}: {one.rows:,} vectors, {one.texts:,} with text")
+        states = f", {one.tokens:,} token states" if one.tokens else ""
+        typer.echo(f"{one.role} {one.space_id[:8]}: {one.rows:,} vectors, {one.texts:,} with text{states}")
         for path in one.paths:
             typer.echo(f"  {path}")

@@ -28,7 +28,10 @@ def import_(
     ] = None,
     encoder_config: Annotated[
         Path | None,
-        typer.Option(help="Folder with that model's config.json and tokenizer.", show_default=False),
+        typer.Option(
+            help="Folder with that model's config.json and tokenizer.  [default: the one beside the checkpoint]",
+            show_default=False,
+        ),
     ] = None,
     projector: Annotated[
         str | None,
@@ -37,14 +40,17 @@ def import_(
     score: Annotated[Score | None, typer.Option(help="The head's score.", show_default=False)] = None,
     user_form: Annotated[UserForm | None, typer.Option(help="PAL-A's ideal point.", show_default=False)] = None,
     mixture: Annotated[Mixture | None, typer.Option(help="How weights become mixtures.", show_default=False)] = None,
+    width: Annotated[
+        int | None, typer.Option(help="Of the vectors, for pal-b with projector identity.", show_default=False)
+    ] = None,
     json_: JsonOption = False,
 ) -> None:
     """Make a run folder of a published checkpoint; nothing in it is unpickled but tensors and plain values."""
     from palcache.heads import head_to_dict, parameter_count
-    from palcache.imported_runs import import_checkpoint
-    from palcache.published import PublishedOptions
+    from palcache.published.layout import PublishedOptions
+    from palcache.runs.imported import import_checkpoint
 
-    options = PublishedOptions(projector, score, user_form, mixture)
+    options = PublishedOptions(projector, score, user_form, mixture, width)
     found = import_checkpoint(checkpoint, run, options=options, encoder_out=encoder_out, encoder_config=encoder_config)
     head = found.head
     shape, learned = head_to_dict(head.shape), parameter_count(head.shape, head.parameters)
@@ -74,7 +80,7 @@ def export(
     json_: JsonOption = False,
 ) -> None:
     """Write a run's head in the published layout; dots in user ids become %2E there."""
-    from palcache.imported_runs import export_checkpoint
+    from palcache.runs.imported import export_checkpoint
 
     head = export_checkpoint(run, checkpoint, encoder=encoder)
     if json_:

@@ -16,7 +16,7 @@ from .failures import reports_errors
 from .options import DeviceOption, JsonOption
 
 if TYPE_CHECKING:
-    from palcache.runs import RunResult
+    from palcache.runs.trainings import RunResult
 
 
 @reports_errors
@@ -40,8 +40,8 @@ def demo(
 def _run(folder: Path, device: str, *, as_json: bool) -> None:
     from palcache.cache import Cache
     from palcache.configs import EmbedConfig, HeadConfig
-    from palcache.runs import train_run
-    from palcache.stages import embed_tables
+    from palcache.embedding.stages import embed_tables
+    from palcache.runs.trainings import train_run
     from palcache.synthetic import sample_comparisons
 
     start = time.perf_counter()

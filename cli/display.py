@@ -126,7 +126,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 def print_evaluations(title: str, evaluations: Mapping[str, Evaluation], names: Mapping[str, str]) -> None:
     """Print a column per rule: accuracy with its interval, macro, worst tenth, and calibration (ECE: expected error)."""
     columns = [_figures(evaluation) for evaluation in evaluations.values()]
-    rows = [[figure, *(column[figure] for column in columns)] for figure in columns[0]]
+    rows = [[figure, *(column.get(figure, "-") for column in columns)] for figure in columns[0]]
     print_table(title, ["", *(names.get(rule, rule) for rule in evaluations)], rows)
 
 
@@ -142,6 +142,7 @@ def _figures(evaluation: Evaluation) -> dict[str, str]:
         "95 % interval": f"{micro.low:.3f} to {micro.high:.3f}" if math.isfinite(micro.low) else "-",
         "macro": f"{evaluation.accuracy['macro'].value:.4f}",
         "worst tenth": f"{evaluation.accuracy['worst_tenth'].value:.4f}",
+        **({} if evaluation.token_accuracy is None else {"right tokens": f"{evaluation.token_accuracy:.4f}"}),
         **{name: "-" if value is None else f"{value:.4f}" for name, value in calibration.items()},
     }
 

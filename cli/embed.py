@@ -23,12 +23,15 @@ from .options import (
     PoolingOption,
     PromptTemplateOption,
     ResponseTemplateOption,
+    RevisionOption,
+    TruncateDimOption,
+    TrustOption,
     parse_pairs,
 )
 
 if TYPE_CHECKING:
     from palcache.comparisons import Ties
-    from palcache.encoding import EmbedProgress, EmbedSummary
+    from palcache.embedding.encoding import EmbedProgress, EmbedSummary
 
 
 _EMBED = EmbedConfig()
@@ -43,12 +46,8 @@ def embed(
     *,
     cache: Annotated[Path, typer.Option(help="The cache folder, made where it is missing.", show_default=False)],
     model: Annotated[str, typer.Option(help="minilm, a model's id on the hub, or a folder.")] = _EMBED.model,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a hub model.", show_default=False)
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the model run its own code.")
-    ] = False,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
     name: Annotated[
         str | None,
         typer.Option(help="Name of the table in the cache.  [default: the first file's]", show_default=False),
@@ -78,6 +77,7 @@ def embed(
     max_tokens: Annotated[
         int | None, typer.Option(help="Truncate texts to this many tokens.  [default: the model's]", show_default=False)
     ] = None,
+    truncate_dim: TruncateDimOption = None,
     token_budget: Annotated[
         int | None, typer.Option(help="Padded tokens per batch.  [default: by device]", show_default=False)
     ] = None,
@@ -104,8 +104,8 @@ def embed(
     encodes its own part. Under torchrun or srun, every process takes the device of its rank.
     """
     from palcache.devices import parse_devices
+    from palcache.embedding.stages import embed_tables
     from palcache.errors import InputError
-    from palcache.stages import embed_tables
 
     if devices is not None and device != _EMBED.device:
         raise InputError(f"Got --device {device} and --devices {devices}; give one of them.")
@@ -117,6 +117,7 @@ def embed(
         compute_dtype=compute_dtype,
         dtype=dtype,
         max_tokens=max_tokens,
+        truncate_dim=truncate_dim,
         token_budget=token_budget,
         shard_rows=shard_rows,
         encoder=encoder,

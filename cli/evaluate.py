@@ -28,8 +28,8 @@ def evaluate(
     """Evaluate a head on comparisons: accuracy with intervals, calibration, and yardsticks beside it."""
     from palcache.cache import Cache
     from palcache.files import read_json
-    from palcache.run_folders import evaluations_to_dict
-    from palcache.runs import evaluate_run
+    from palcache.runs.folders import evaluations_to_dict
+    from palcache.runs.trainings import evaluate_run
 
     start = time.perf_counter()
     evaluations = evaluate_run(

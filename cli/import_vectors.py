@@ -58,8 +58,8 @@ def import_vectors(
     json_: JsonOption = False,
 ) -> None:
     """Store vectors that were made elsewhere, and the tables of comparisons that name them by id."""
-    from palcache.imports import import_vectors as run
-    from palcache.vectors import read_vectors
+    from palcache.care.imports import import_vectors as run
+    from palcache.care.vectors import read_vectors
 
     from .embed import parse_ties
 

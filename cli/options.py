@@ -18,10 +18,22 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 ComparisonsOption = Annotated[
     str | None, typer.Option(help="Name of the comparison table; a cache with one needs none.", show_default=False)
 ]
+LogOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Log to tensorboard or wandb as well, in RUN/logs; may be repeated.", show_default=False),
+]
 UnknownUsersOption = Annotated[
     UnknownUsers, typer.Option(help="Users the head does not know: refuse, score with the mean mixture, or drop.")
 ]
 
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.", show_default=False)]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model run its own code.")]
+TruncateDimOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Keep this many values of a vector (sentence-transformers).  [default: the model's]", show_default=False
+    ),
+]
 EncoderOption = Annotated[
     EncoderKind,
     typer.Option(

@@ -34,7 +34,7 @@ def suggest(
 ) -> None:
     """Suggest the comparisons whose answers would tell most about a user, by expected Fisher information."""
     from palcache.cache import Cache
-    from palcache.run_users import suggest_run
+    from palcache.runs.seen_users import suggest_run
 
     found = suggest_run(
         run, Cache(cache), comparisons, user=user, support=support, count=count, seed=seed, device=device

@@ -14,9 +14,9 @@ from .failures import reports_errors
 from .options import CacheArgument, ComparisonsOption, DeviceOption, JsonOption, UnknownUsersOption
 
 if TYPE_CHECKING:
-    from palcache.adapted_sweeps import AdaptedSweep
-    from palcache.grids import Grid
-    from palcache.sweeps import SweepHead, SweepProgress, SweepResult
+    from palcache.sweeps.adapted import AdaptedSweep
+    from palcache.sweeps.grids import Grid
+    from palcache.sweeps.sweeps import SweepHead, SweepProgress, SweepResult
 
 
 @reports_errors
@@ -53,10 +53,10 @@ def sweep(
     json_: JsonOption = False,
 ) -> None:
     """Train many heads at once on cached vectors: every combination of a grid, resumable, with one table of results."""
-    from palcache.adapted_sweeps import DRAWS, adapt_sweep
     from palcache.cache import Cache
-    from palcache.curves import SHOTS
-    from palcache.sweeps import run_sweep
+    from palcache.sweeps.adapted import DRAWS, adapt_sweep
+    from palcache.sweeps.sweeps import run_sweep
+    from palcache.users.curves import SHOTS
 
     asked, opened = _grid(grid, config, recipe), Cache(cache)
     with progress("sweep") as bar:
@@ -99,8 +99,8 @@ def sweep(
 
 def _grid(text: str | None, config: Path | None, recipe: str | None) -> Grid:
     """Return the grid of a recipe or a file, with the command line's values over it."""
-    from palcache.grids import EXAMPLE, Grid, parse_grid, read_grid
     from palcache.recipes import load_recipe
+    from palcache.sweeps.grids import EXAMPLE, Grid, parse_grid, read_grid
 
     if config is not None and recipe is not None:
         raise InputError("Got --config and --recipe; give one of them, and --grid beside it for other values.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,9 +28,10 @@ from palcache.configs import FitConfig, HeadConfig, read_config_file
 
 from .display import Progress, describe, print_evaluations, print_json, progress, say
 from .failures import reports_errors
-from .options import CacheArgument, ComparisonsOption, DeviceOption, JsonOption, UnknownUsersOption
+from .options import CacheArgument, ComparisonsOption, DeviceOption, JsonOption, LogOption, UnknownUsersOption
 
 if TYPE_CHECKING:
+    from palcache.event_logs import EventLog
     from palcache.training import FitProgress
 
 _HEAD, _FIT = HeadConfig(), FitConfig()
@@ -148,11 +150,13 @@ def train_head(
     device: DeviceOption = "auto",
     unknown_users: UnknownUsersOption = "refuse",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
+    log: LogOption = None,
     json_: JsonOption = False,
 ) -> None:
     """Train a head on cached vectors; the encoder never runs."""
     from palcache.cache import Cache
-    from palcache.runs import train_run
+    from palcache.event_logs import finish_logs, open_logs
+    from palcache.runs.trainings import train_run
 
     stages = _stages(preset, config)
     shape = _given(k=k, p=p, projector=projector, head=head, score=score, user_form=user_form, mixture=mixture,
@@ -164,6 +168,7 @@ def train_head(
     origin = " and ".join(name for name in origins if name)
     head_config = HeadConfig.from_mapping(stages["head"] | shape, origin=origin)
     fit = FitConfig.from_mapping(stages["fit"] | steps, origin=origin)
+    logs = open_logs(log or [], run)
     with progress("train") as bar:
         result = train_run(
             Cache(cache),
@@ -175,8 +180,9 @@ def train_head(
             device=device,
             unknown_users=unknown_users,
             resume=resume,
-            on_progress=_Reporter(bar),
+            on_progress=_Reporter(bar, logs),
         )
+    finish_logs(logs, result)
     if json_:
         print_json(result.to_dict())
         return
@@ -212,12 +218,14 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 class _Reporter:
-    """Turns progress of the training into a bar."""
+    """Turns progress of the training into a bar, and hands it to logs."""
 
-    def __init__(self, bar: Progress) -> None:
-        self._bar = bar
+    def __init__(self, bar: Progress, logs: Sequence[EventLog]) -> None:
+        self._bar, self._logs = bar, logs
 
     def __call__(self, event: FitProgress) -> None:
+        for log in self._logs:
+            log(event)
         row = event.row
         rule = "" if event.rule == "head" else "yardstick k = 1: "
         text = (

@@ -20,7 +20,7 @@ def users(
     json_: JsonOption = False,
 ) -> None:
     """List a run's users, seen and adapted: mixtures, comparisons they rest on, and uncertainty."""
-    from palcache.run_users import list_users
+    from palcache.runs.seen_users import list_users
 
     found = list_users(run)
     if json_:

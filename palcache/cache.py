@@ -13,14 +13,14 @@ from typing import Any, Final, final
 import numpy.typing as npt
 import torch
 
-from palcache.comparison_files import StoredComparisons, read_stored, write_stored
 from palcache.errors import CacheError, InputError, MismatchError, StorageError
 from palcache.files import read_json, storage_errors, sync_folder, write_json
 from palcache.fingerprints import digest
-from palcache.journals import journal_line, read_journal, write_journal
-from palcache.locks import locked
-from palcache.shards import Shard
-from palcache.spaces import Space
+from palcache.storage.comparison_files import StoredComparisons, read_stored, write_stored
+from palcache.storage.journals import journal_line, read_journal, write_journal
+from palcache.storage.locks import locked
+from palcache.storage.shards import Shard
+from palcache.storage.spaces import Space
 
 __all__ = ["MANIFEST", "Cache", "Space", "joint_space_of", "spaces_of"]
 
@@ -328,7 +328,7 @@ def spaces_of(stored: StoredComparisons, choose: str | None, cache: Cache) -> tu
 
     Args:
         stored: the table.
-        choose: where it is embedded by several encoders, a prefix of the prompt space's id or the model's name.
+        choose: where it is embedded by several encoders, a prefix of a space's id or the model's name.
         cache: the cache that holds it.
 
     Raises:
@@ -341,9 +341,13 @@ def spaces_of(stored: StoredComparisons, choose: str | None, cache: Cache) -> tu
             "for; run palcache embed on it with --items separate too."
         )
     if choose is not None:
-        pairs = [pair for pair in pairs if pair[0].startswith(choose) or cache.about(pair[0]).get("model") == choose]
+        model = [pair for pair in pairs if cache.about(pair[0]).get("model") == choose]
+        pairs = [pair for pair in pairs if any(space_id.startswith(choose) for space_id in pair)] or model
     if len(pairs) != 1:
-        have = "; ".join(f"{cache.about(pair[0]).get('model')} = {pair[0][:8]}" for pair in stored.spaces)
+        have = "; ".join(
+            f"{cache.about(prompt).get('model')} = {prompt[:8]} and {response[:8]}"
+            for prompt, response in stored.spaces
+        )
         raise InputError(
             f"The table {stored.name} is embedded by {len(stored.spaces)} encoders ({have}) and "
             f"{'--space ' + choose if choose else 'no --space'} fits {len(pairs)} of them; choose one with --space."

@@ -10,7 +10,7 @@ from typing import Any, Final, final
 import torch
 
 from palcache.errors import CacheError, InputError
-from palcache.heads import AnyHead, Head, PalB, Parameters, head_from_dict, head_to_dict
+from palcache.heads import AnyHead, BradleyTerry, Head, LowRank, PalA, PalB, Parameters, head_from_dict, head_to_dict
 from palcache.tensor_files import pack_texts, read_tensors, require_format, unpack_texts, write_tensors
 
 FORMAT: Final = "palcache-head"
@@ -52,11 +52,17 @@ class TrainedHead:
         return replace(self, parameters=moved)
 
     def with_adapted(self, users: Sequence[str], logits: torch.Tensor) -> TrainedHead:
-        """Return the head with more users, whose weights are (u, k); no other parameter changes."""
-        if not isinstance(self.shape, PalB):
-            raise InputError(f"Users can be added to PAL-B alone, and this head is a {type(self.shape).__name__}.")
-        own = self.parameters["user.logits"]
-        parameters = {**self.parameters, "user.logits": torch.cat([own, logits.to(own)])}
+        """Return the head with more users, whose weights are (u, k); no other parameter changes.
+
+        Raises:
+            InputError: its users are not weights over prototypes.
+        """
+        if not isinstance(self.shape, PalA | PalB | LowRank | BradleyTerry):
+            raise InputError(f"A {type(self.shape).__name__} head has no mixtures, so that no user can be added to it.")
+        parameters = dict(self.parameters)
+        if "user.logits" in parameters:  # one reward for all has no weights
+            own = parameters["user.logits"]
+            parameters["user.logits"] = torch.cat([own, logits.to(own)])
         everyone = (*self.users, *users)
         shape = replace(self.shape, users=len(everyone))
         return TrainedHead(shape, parameters, everyone, self.about, len(self.users) if self.seen is None else self.seen)

@@ -44,6 +44,8 @@ PROJECTOR = re.compile(
 )
 PROJECTOR_GRAMMAR = "identity or mlp{L}-{relu|gelu|linear}-dropout{D}[-residual][-batchnorm][-nobias]"
 
-EMBED_JOINT: Final = "palcache embed ... --items joint"
-EMBED_TOKENS: Final = "palcache embed ... --tokens responses"
+EMBED_JOINT: Final = "palcache embed ... --encoder hidden --items joint"
+EMBED_TOKENS: Final = "palcache embed ... --encoder hidden --tokens responses"
+EMBED_ALL_TOKENS: Final = "palcache embed ... --encoder hidden --tokens all"
+EMBED_JOINT_TOKENS: Final = "palcache embed ... --encoder hidden --items joint --tokens responses"
 """The commands that make the vectors which some heads and losses need."""

@@ -192,6 +192,8 @@ class EmbedConfig(Config):
         compute_dtype: type of the forward pass; `auto` is bfloat16 on CUDA devices that have it, else float32.
         dtype: type of the stored vectors.
         max_tokens: truncate texts to this many tokens; None keeps the model's own limit.
+        truncate_dim: sentence-transformers models: keep this many values of a vector, for models trained so (Matryoshka);
+            None keeps the model's own number.
         token_budget: padded tokens per batch; None chooses by device.
         shard_rows: rows per shard file; fewer where tokens are kept.
         encoder: `sentence` (sentence-transformers), `hidden` (hidden states of any transformers model), or `auto`:
@@ -225,11 +227,12 @@ class EmbedConfig(Config):
     attn: str | None = None
     items: Items = "separate"
     tokens: TokenLevel = "none"
+    truncate_dim: int | None = None
 
     def __post_init__(self) -> None:
         require(bool(self.model), "Got an empty model; expected minilm, a hub id or a folder.")
         require(self.shard_rows >= 1, f"Got shard_rows = {self.shard_rows}; expected at least 1.")
-        for name in ("max_tokens", "token_budget"):
+        for name in ("max_tokens", "token_budget", "truncate_dim"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"Got {name} = {value}; expected at least 1.")
         for name in ("prompt_template", "response_template"):
@@ -358,6 +361,12 @@ class FitConfig(Config):
         for name in ("lr", "lr_users", "lr_scale", "lr_prototypes", "weight_decay", "bound_weight", "bound"):
             value = getattr(self, name)
             require(0 <= value < float("inf"), f"Got {name} = {value}; expected a finite number of at least 0.")
+
+        require(
+            self.prompt_alignment == "pooled" or self.token_weighting is not None,
+            f"Got the prompt alignment {self.prompt_alignment} without a token weighting; it belongs to token losses: add "
+            "--token-weighting.",
+        )
 
     def total_epochs(self, comparisons: int) -> int:
         """Return the number of epochs for a number of training comparisons."""

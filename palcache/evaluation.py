@@ -14,7 +14,7 @@ import torch
 
 from palcache.checkpoints import TrainedHead
 from palcache.comparisons import Comparisons
-from palcache.configs import UnknownUsers
+from palcache.configs import FitConfig, UnknownUsers
 from palcache.errors import InputError, MismatchError
 from palcache.metrics import (
     Array,
@@ -26,7 +26,9 @@ from palcache.metrics import (
     fit_temperature,
     log_loss,
 )
+from palcache.objectives import Objective
 from palcache.tensors import PreferenceData
+from palcache.token_batches import TokenData
 
 BATCH_ROWS: Final = 8_192
 
@@ -46,6 +48,7 @@ class Evaluation:
         calibration_error: over 15 bins of equal mass.
         temperature: fitted on validation; dividing the margins by it calibrates best there.
         groups: micro accuracy of each population group, where known.
+        token_accuracy: of a head that was trained on tokens, the mean share of a span's tokens that are right.
     """
 
     n: int
@@ -57,6 +60,7 @@ class Evaluation:
     calibration_error: float | None = None
     temperature: float | None = None
     groups: Mapping[str, float] = field(default_factory=dict)
+    token_accuracy: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values: each accuracy as a number, and its interval beside it."""
@@ -94,6 +98,15 @@ def predict_margins(head: TrainedHead, data: PreferenceData) -> Array:
     for batch in data.batches(BATCH_ROWS):
         out.append(head.shape.margins(head.parameters, batch, mixtures=mixtures[batch.user]).double().cpu())
     return np.concatenate([margins.numpy() for margins in out]) if out else np.empty(0)
+
+
+def token_accuracy(head: TrainedHead, data: TokenData) -> float:
+    """Return the mean over comparisons of the share of a span's tokens whose margin has the sign of y, 0 for an empty span.
+
+    Users are found by their ids; those whom the head does not know have the mean mixture.
+    """
+    objective, parameters = Objective(head.shape, FitConfig()), head.to(data.device).parameters
+    return objective.validate(parameters, data.with_users(head.users))[1]
 
 
 def evaluate_margins(
@@ -161,10 +174,14 @@ def evaluate_head(
 
 
 def evaluate_longer(comparisons: Comparisons, *, seed: int = 0) -> Evaluation:
-    """Return the evaluation of "the longer response is preferred" (in characters), the user-blind yardstick."""
+    """Return the evaluation of "the longer response is preferred", the user-blind yardstick."""
+    return evaluate_margins(longer_margins(comparisons), comparisons, probabilities=False, seed=seed)
+
+
+def longer_margins(comparisons: Comparisons) -> Array:
+    """Return by how many characters the right response is longer, (n,) float64."""
     length = pc.utf8_length(comparisons.responses).to_numpy().astype(np.float64)
-    margins = length[comparisons.response_2] - length[comparisons.response_1]
-    return evaluate_margins(margins, comparisons, probabilities=False, seed=seed)
+    return np.asarray(length[comparisons.response_2] - length[comparisons.response_1], np.float64)
 
 
 def known_rows(comparisons: Comparisons, users: tuple[str, ...], policy: UnknownUsers) -> npt.NDArray[np.int64]:

@@ -11,7 +11,7 @@ from typing import Final, Literal, final
 import torch
 
 from palcache.checkpoints import HistoryRow
-from palcache.choices import EMBED_JOINT, EMBED_TOKENS
+from palcache.choices import EMBED_JOINT, EMBED_JOINT_TOKENS, EMBED_TOKENS, PromptAlignment
 from palcache.configs import FitConfig
 from palcache.errors import InputError, NumericsError
 from palcache.heads import Head, IdealPointHead, Parameters
@@ -92,6 +92,11 @@ class Course:
         number = step * self.evaluations // self.steps + 1
         return -(-number * self.steps // self.evaluations)
 
+    def place(self, step: int) -> str:
+        """Return how people count a step (from 0)."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        return f"step {step + 1} (epoch {epoch + 1}, batch {batch + 1})"
+
 
 def multiply_adds(parameters: Mapping[str, torch.Tensor], n: int) -> int:
     """Return those of a forward pass over n comparisons, at most: two responses and k prompts of each.
@@ -121,21 +126,22 @@ def check_fit(shape: Head, train: TrainingData, val: TrainingData, config: FitCo
                 f"The {name} comparisons are numbered for {len(data.users)} users, the head for {shape.users}; number them "
                 "as the head's with with_users."
             )
-        require_vectors(shape, config, joint=data.joint, tokens=isinstance(data, TokenData))
+        alignment = data.alignment if isinstance(data, TokenData) else None
+        require_vectors(shape, config, joint=data.joint, alignment=alignment)
     if int(train.user.min()) < 0:
         raise InputError(
             "A training comparison is of a user whom the head does not have; build the head for its users."
         )
 
 
-def require_vectors(shape: Head, config: FitConfig, *, joint: bool, tokens: bool) -> None:
+def require_vectors(shape: Head, config: FitConfig, *, joint: bool, alignment: PromptAlignment | None) -> None:
     """Refuse a head or a loss that needs other vectors than there are, naming the command that makes them.
 
     Args:
         shape: the head.
         config: how it is to be trained.
         joint: the vectors are of prompt and response in one forward.
-        tokens: there is a vector at every token.
+        alignment: what the tokens of responses meet, where there is a vector at every token; None where there is none.
 
     Raises:
         InputError: they do not fit.
@@ -145,14 +151,19 @@ def require_vectors(shape: Head, config: FitConfig, *, joint: bool, tokens: bool
             "PAL-A reads vectors of prompt and response in one forward, and these are of each alone; make them with "
             f"{EMBED_JOINT}."
         )
-    weighting = config.token_weighting
+    weighting, tokens = config.token_weighting, alignment is not None
     if weighting is not None and not tokens:
+        command = EMBED_JOINT_TOKENS if shape.joint else EMBED_TOKENS
         raise InputError(
             f"The token loss {weighting} needs a vector at every token, and the cache is pooled; make them with "
-            f"{EMBED_TOKENS}, or leave out --token-weighting."
+            f"{command}, or leave out --token-weighting."
         )
     if weighting is None and tokens:
         raise InputError("The vectors are of every token; choose --token-weighting mean, cumulative or only_last.")
+    if tokens and not joint and alignment != config.prompt_alignment:
+        raise InputError(
+            f"The prompt alignment {config.prompt_alignment} is asked for, and the data has {alignment}; load them alike."
+        )
     if not isinstance(shape, IdealPointHead) and (tokens or config.bound_weight):
         what = "token losses" if tokens else "the bound of ideal points"
         raise InputError(f"Only pal-a and pal-b have {what}; choose one of them with --head.")
@@ -166,15 +177,15 @@ def stalled(history: Sequence[HistoryRow], config: FitConfig) -> bool:
     return len(history) - 1 - best >= config.patience
 
 
-def require_finite(val_loss: float, row: HistoryRow) -> None:
-    """Refuse a validation loss that is not finite.
+def require_finite(val_loss: float, row: HistoryRow, course: Course) -> None:
+    """Refuse a validation loss that is not finite, measured in the course of a training.
 
     Raises:
         NumericsError: it is not.
     """
     if not math.isfinite(val_loss):
         raise NumericsError(
-            f"The validation loss is {val_loss} at step {row.step} (epoch {row.epoch:.2f}) with learning rate {row.lr:.2e}; "
+            f"The validation loss is {val_loss} after {course.place(row.step - 1)} with learning rate {row.lr:.2e}; "
             "lower --lr."
         )
 
@@ -197,8 +208,7 @@ def require_finite_losses(losses: torch.Tensor, config: FitConfig, first: int, c
     step = first + bad
     rate = rate_factor(config, step, course.steps) * config.lr
     raise NumericsError(
-        f"The loss is {float(losses[bad])} at step {step + 1} (epoch {step // course.steps_per_epoch + 1}, batch "
-        f"{step % course.steps_per_epoch + 1}) with learning rate {rate:.2e}; lower --lr."
+        f"The loss is {float(losses[bad])} at {course.place(step)} with learning rate {rate:.2e}; lower --lr."
     )
 
 

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 
 from palcache.cache import Cache, joint_space_of
-from palcache.comparison_files import StoredComparisons
 from palcache.devices import free_memory, resolve_device
+from palcache.storage.comparison_files import StoredComparisons
 from palcache.tensors import MEMORY_SHARE, PreferenceData, VectorTable, find_rows
 
 

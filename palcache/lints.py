@@ -18,8 +18,9 @@ from palcache.comparisons import Comparisons, IntArray
 from palcache.errors import CacheError
 from palcache.fingerprints import digest
 from palcache.pairs import Codes, contradictions, distinct_rows, pair_codes
-from palcache.runs import evaluate_run
-from palcache.shards import FAILED
+from palcache.runs.folders import read_config
+from palcache.runs.trainings import evaluate_run
+from palcache.storage.shards import FAILED
 
 EXAMPLES: Final = 3
 TEXT: Final = 60
@@ -60,6 +61,8 @@ def lint_cache(cache: Cache, *, run: Path | None = None) -> tuple[Lint, ...]:
         cache: the cache.
         run: a run folder that was trained on it.
     """
+    if run is not None:
+        read_config(run)
     tables = {name: cache.comparisons(name).comparisons for name in cache.comparison_names}
     found: list[Lint] = []
     for name, table in tables.items():

@@ -1,6 +1,6 @@
 """Pairwise losses: pure functions of margins r(response_2) - r(response_1) and labels, in nats where they are likelihoods.
 
-Token losses apply a loss at every token position and weigh the positions of each comparison's span.
+Token losses apply a loss at every token of a span and weigh the positions.
 """
 
 from __future__ import annotations
@@ -79,70 +79,40 @@ def reduce_loss(losses: torch.Tensor, weights: torch.Tensor | None = None) -> to
     return losses.mean(-1) if weights is None else (losses * weights).sum(-1)
 
 
-def in_span(t: int, divergence: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
-    """Return which of t positions are in each comparison's span [divergence, end), (n, t) bool."""
-    at = torch.arange(t, device=end.device)
-    return (at >= divergence.unsqueeze(-1)) & (at < end.unsqueeze(-1))
-
-
-def span_weights(
-    weighting: TokenWeighting, t: int, divergence: torch.Tensor, end: torch.Tensor, dtype: torch.dtype = torch.float32
+def position_weights(
+    weighting: TokenWeighting, rank: torch.Tensor, count: torch.Tensor, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Return the weight of each position, (n, t); they sum to 1 over a span, and to 0 over an empty one.
+    """Return the weight of each position, (m,); they sum to 1 over a span, and to 0 over an empty one.
 
-    With m positions in a span, the i-th (from 1) weighs 1 / m for `mean`, i / (m (m + 1) / 2) for `cumulative`, and 1 at
-    i = m alone for `only_last`. (Published PAL implementation.)
+    With c positions in a span, the i-th (from 1) weighs 1 / c for `mean`, i / (c (c + 1) / 2) for `cumulative`, and 1 at
+    i = c alone for `only_last`; a rank outside 1 to c weighs 0. (Published PAL implementation.)
 
     Args:
         weighting: which.
-        t: positions.
-        divergence: first position of each span, (n,).
-        end: position after its last, (n,); those at or beyond t are not there.
+        rank: i, (m,) int64.
+        count: c of each position's span, (m,) int64.
         dtype: of the weights.
     """
-    first, last = divergence.clamp(min=0).to(dtype), end.clamp(max=t).to(dtype)
-    count, at = (last - first).clamp(min=0), torch.arange(t, device=end.device, dtype=dtype)
     if weighting == "only_last":
-        return ((at == (last - 1).unsqueeze(-1)) & (count > 0).unsqueeze(-1)).to(dtype)
-    inside = (at >= first.unsqueeze(-1)) & (at < last.unsqueeze(-1))
+        return ((rank == count) & (count > 0)).to(dtype)
+    inside = ((rank >= 1) & (rank <= count)).to(dtype)
     if weighting == "mean":
-        return inside * (1 / count.clamp(min=1)).unsqueeze(-1)
-    rank = at - (first - 1).unsqueeze(-1)
-    return inside * rank * (2 / (count * (count + 1)).clamp(min=2)).unsqueeze(-1)
+        return inside / count.clamp(min=1)
+    return inside * rank * (2 / (count * (count + 1)).clamp(min=2).to(dtype))
 
 
-def token_loss(
-    kind: Loss,
-    margins: torch.Tensor,
-    y: torch.Tensor,
-    divergence: torch.Tensor,
-    end: torch.Tensor,
-    weighting: TokenWeighting,
-) -> torch.Tensor:
-    """Return the loss of each comparison over its span, (n,); 0 for an empty span.
+def token_losses(kind: Loss, margins: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return the weighted loss of each position, (m,): their sum over a span is the comparison's loss.
 
-    Positions outside the spans have no part in it, whatever their margins.
+    Positions of weight 0 have no part in it, whatever their margins.
 
     Args:
         kind: loss at a position.
-        margins: r(response_2) - r(response_1) at each position, (n, t).
-        y: (n,).
-        divergence: (n,).
-        end: (n,).
-        weighting: of the positions.
+        margins: r(response_2) - r(response_1) at each position, (m,).
+        y: -1, 0 or +1, (m,).
+        weights: as `position_weights` gives them, (m,).
     """
-    weights = span_weights(weighting, margins.shape[-1], divergence, end, margins.dtype)
-    margins = margins.masked_fill(weights == 0, 0.0)
-    return (pairwise_loss(kind, margins, y.unsqueeze(-1)) * weights).sum(-1)
-
-
-def token_accuracy(margins: torch.Tensor, y: torch.Tensor, divergence: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
-    """Return the share of a span's positions that are predicted right, (n,); a zero margin counts one half.
-
-    An empty span counts 0. Arguments as for `token_loss`.
-    """
-    right = (1 + margins.sign() * y.unsqueeze(-1).sign()) / 2
-    return (right * span_weights("mean", margins.shape[-1], divergence, end, margins.dtype)).sum(-1)
+    return pairwise_loss(kind, margins.masked_fill(weights == 0, 0.0), y) * weights
 
 
 def norm_bound(points: torch.Tensor, bound: float | torch.Tensor) -> torch.Tensor:

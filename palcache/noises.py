@@ -21,9 +21,9 @@ import torch
 
 from palcache.fingerprints import well_mixed
 
-Site = Literal["items", "right items", "ideal points", "prototypes", "mixtures"]
+Site = Literal["items", "ideal points", "prototypes", "mixtures"]
 """What noise is for; sites share none."""
-_SITES: Final[dict[Site, int]] = {"items": 1, "right items": 2, "ideal points": 3, "prototypes": 4, "mixtures": 5}
+_SITES: Final[dict[Site, int]] = {"items": 1, "ideal points": 3, "prototypes": 4, "mixtures": 5}
 _ROW: Final = -0x61C8864680B583EB
 _MIX: Final = -0x40A7B892E31B1A47
 _ROUND: Final = 0x2C1B3C6D

@@ -9,12 +9,14 @@ from typing import Any, Final, Protocol, final
 
 import torch
 
+from palcache.choices import TokenWeighting
 from palcache.configs import FitConfig
+from palcache.heads.ideal_points import per_pair
 from palcache.heads.projectors import Parameters
 from palcache.heads.protocols import Head, IdealPointHead
-from palcache.losses import norm_bound, pairwise_loss, reduce_loss, token_accuracy, token_loss, user_weights
+from palcache.losses import norm_bound, pairwise_loss, position_weights, reduce_loss, token_losses, user_weights
 from palcache.noises import Noise
-from palcache.tensors import PairBatch
+from palcache.tensors import PairBatch, PreferenceData
 from palcache.token_batches import TokenBatch
 
 EVALUATION_ROWS: Final = 8_192
@@ -92,10 +94,14 @@ class Objective:
             counts: number of training comparisons of each user, (u,), where every user is to count the same.
         """
         with _precision(self.config, batch.y.device):
-            margins, ideal = self._forward(parameters, batch, noise, updates)
+            margins, ideal = self._forward(parameters, _pairs(batch), noise, updates)
         margins = margins.to(torch.promote_types(margins.dtype, torch.float32))
         weights = None if counts is None else user_weights(batch.user, counts).to(margins.dtype)
-        loss = reduce_loss(self._losses(margins, batch), weights)
+        losses = self._losses(margins, batch)
+        if isinstance(batch, PairBatch):
+            loss = reduce_loss(losses, weights)
+        else:
+            loss = losses.sum() / len(batch.y) if weights is None else (losses * weights[batch.comparison]).sum()
         if ideal is None:
             return loss
         rows = ideal.to(margins.dtype).reshape(-1, ideal.shape[-1])
@@ -105,36 +111,37 @@ class Objective:
     def _forward(
         self,
         parameters: Mapping[str, torch.Tensor],
-        batch: PairBatch | TokenBatch,
+        pairs: PairBatch,
         noise: Noise | None,
         updates: Parameters | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return margins, (n,) or (n, t), and the ideal points where their norms are bounded."""
+        """Return margins, (n,) or (m,), and the ideal points where their norms are bounded."""
         options: dict[str, Any] = {"noise": noise, "updates": updates}
         shape = self.shape
-        if isinstance(batch, PairBatch) and not self.config.bound_weight:
-            return shape.margins(parameters, batch, **options), None
+        if not self.config.bound_weight:
+            return shape.margins(parameters, pairs, **options), None
         assert isinstance(shape, IdealPointHead)  # noqa: S101 - `fit` refuses the others
-        points = shape.points(parameters, batch, **options)
-        return shape.compare(parameters, *points), points[2] if self.config.bound_weight else None
+        left, right, ideal = shape.points(parameters, pairs, **options)
+        return shape.compare(parameters, left, right, per_pair(ideal, pairs)), ideal
 
     def _losses(self, margins: torch.Tensor, batch: PairBatch | TokenBatch) -> torch.Tensor:
-        """Return the loss of each comparison, (n,)."""
+        """Return the loss of each comparison, (n,), or the weighted loss of each token, (m,)."""
         kind = self.config.loss or self.shape.loss
         if isinstance(batch, PairBatch):
             return pairwise_loss(kind, margins, batch.y)
-        weighting = self.config.token_weighting or "mean"
-        return token_loss(kind, margins, batch.y, batch.divergence, batch.end, weighting)
+        weights = _weights(self.config.token_weighting or "mean", batch, margins)
+        return token_losses(kind, margins, batch.y[batch.comparison], weights)
 
     @torch.no_grad()
     def validate(self, parameters: Mapping[str, torch.Tensor], data: TrainingData) -> tuple[float, float]:
         """Return mean loss and accuracy in evaluation; users whom the head does not know (-1) have the mean mixture.
 
-        Of token data, accuracy is the mean share of right tokens.
+        Of token data, accuracy is the mean over comparisons of the share of a span's tokens that are right, 0 for an
+        empty span.
         """
         loss = torch.zeros((), dtype=torch.float64, device=data.device if data.device.type != "mps" else "cpu")
         right = torch.zeros_like(loss)
-        for batch in data.batches(TOKEN_ROWS if self.config.token_weighting else EVALUATION_ROWS):
+        for batch in data.batches(EVALUATION_ROWS if isinstance(data, PreferenceData) else TOKEN_ROWS):
             losses, rights = self.evaluate(parameters, batch)
             loss += losses.sum().to(loss)
             right += rights.sum().to(loss)
@@ -143,25 +150,30 @@ class Objective:
     def evaluate(
         self, parameters: Mapping[str, torch.Tensor], batch: PairBatch | TokenBatch
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the loss of each comparison and whether it is predicted right, (n,) each; users as for `validate`."""
+        """Return the loss of each comparison and whether it is predicted right, (n,) each; users as for `validate`.
+
+        Of token data, both are of each token, with its weight.
+        """
         known = self.shape.mixtures(parameters)
         mixtures = torch.cat([known, known.mean(0, keepdim=True)])
-        margins = self._margins(parameters, batch, mixtures[batch.user])
+        margins = self.shape.margins(parameters, _pairs(batch), mixtures=mixtures[batch.user])
         return self._losses(margins, batch), _right(margins, batch)
 
-    def _margins(
-        self, parameters: Mapping[str, torch.Tensor], batch: PairBatch | TokenBatch, mixtures: torch.Tensor
-    ) -> torch.Tensor:
-        if isinstance(batch, PairBatch):
-            return self.shape.margins(parameters, batch, mixtures=mixtures)
-        assert isinstance(self.shape, IdealPointHead)  # noqa: S101 - `fit` refuses the others
-        return self.shape.compare(parameters, *self.shape.points(parameters, batch, mixtures=mixtures))
+
+def _pairs(batch: PairBatch | TokenBatch) -> PairBatch:
+    return batch if isinstance(batch, PairBatch) else batch.pairs
+
+
+def _weights(weighting: TokenWeighting, batch: TokenBatch, margins: torch.Tensor) -> torch.Tensor:
+    return position_weights(weighting, batch.rank, batch.count[batch.comparison], margins.dtype)
 
 
 def _right(margins: torch.Tensor, batch: PairBatch | TokenBatch) -> torch.Tensor:
+    """Return which answers are predicted right, (n,); of tokens, (m,), as shares of their spans. Zero counts one half."""
     if isinstance(batch, PairBatch):
         return (1 + margins.sign() * batch.y.sign()) / 2
-    return token_accuracy(margins, batch.y, batch.divergence, batch.end)
+    right = (1 + margins.sign() * batch.y.sign()[batch.comparison]) / 2
+    return right * _weights("mean", batch, margins)
 
 
 @contextlib.contextmanager

@@ -9,11 +9,11 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from palcache.curves import CurvePoint
 from palcache.errors import PalcacheError
 from palcache.evaluation import Evaluation
 from palcache.files import write_bytes, write_with
 from palcache.training import HistoryRow
+from palcache.users.curves import CurvePoint
 
 
 def draw_history(path: Path, history: Sequence[HistoryRow], *, best_step: int, title: str = "") -> None:

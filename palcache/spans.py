@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, final
+from typing import Any, Final, final
 
 import numpy as np
 import numpy.typing as npt
 
 from palcache.cache import Cache, Space, joint_space_of, spaces_of
-from palcache.comparison_files import StoredComparisons
 from palcache.errors import MismatchError
+from palcache.storage.comparison_files import StoredComparisons
 
 CHUNK_TOKENS: Final = 1 << 22
 """Tokens compared at once: memory stays flat however many comparisons there are."""
@@ -48,7 +48,24 @@ def divergence_spans(space: Space, left: _Rows, right: _Rows) -> Spans:
     shared = np.minimum(*lengths)
     first = shared.copy()
     for start, stop in _chunks(shared):
-        first[start:stop] = _first_difference(space, left[start:stop], right[start:stop], shared[start:stop])
+        sides = [space.token_ids(rows[start:stop]) for rows in (left, right)]
+        ids, begins = zip(*((ids.numpy(), offsets.numpy()[:-1]) for ids, offsets in sides), strict=True)
+        first[start:stop] = _first_difference(ids, begins, shared[start:stop])
+    return Spans(first, np.maximum(*lengths))
+
+
+def ragged_spans(ids: npt.NDArray[Any], offsets: _Rows, left: _Rows, right: _Rows) -> Spans:
+    """Return where pairs of rows of ragged token ids part; two equal rows have an empty span.
+
+    Args:
+        ids: of all rows, one after the other, (T,).
+        offsets: row i is `ids[offsets[i]:offsets[i + 1]]`, (N + 1,) int64.
+        left: rows of the first items, (n,).
+        right: rows of the second items, (n,).
+    """
+    lengths = [offsets[rows + 1] - offsets[rows] for rows in (left, right)]
+    shared = np.minimum(*lengths)
+    first = _first_difference((ids, ids), (offsets[left], offsets[right]), shared)
     return Spans(first, np.maximum(*lengths))
 
 
@@ -93,16 +110,13 @@ def _chunks(shared: _Rows) -> Iterator[tuple[int, int]]:
         start = stop
 
 
-def _first_difference(space: Space, left: _Rows, right: _Rows, shared: _Rows) -> _Rows:
-    """Return the first position below `shared` at which rows differ, and `shared` where none does."""
-    begins = np.concatenate([[0], np.cumsum(shared)])
-    within = np.arange(int(begins[-1])) - np.repeat(begins[:-1], shared)
-    ids = []
-    for rows in (left, right):
-        values, offsets = space.token_ids(rows)
-        ids.append(values.numpy()[within + np.repeat(offsets.numpy()[:-1], shared)])
+def _first_difference(ids: Sequence[npt.NDArray[Any]], begins: Sequence[_Rows], shared: _Rows) -> _Rows:
+    """Return the first position below `shared` at which two sides differ, and `shared` where none does, (n,)."""
+    starts = np.concatenate([[0], np.cumsum(shared)])
+    within = np.arange(int(starts[-1])) - np.repeat(starts[:-1], shared)
     pair = np.repeat(np.arange(len(shared)), shared)
-    differing = np.flatnonzero(ids[0] != ids[1])
+    sides = [own[within + np.repeat(begin, shared)] for own, begin in zip(ids, begins, strict=True)]
+    differing = np.flatnonzero(sides[0] != sides[1])
     pairs, at = np.unique(pair[differing], return_index=True)
     first = shared.copy()
     first[pairs] = within[differing[at]]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from palcache.fits import Course, epoch_order, order_seed
-from palcache.tensors import PairBatch, PreferenceData, TensorTable, VectorTable
+from palcache.tensors import PairBatch, PreferenceData, Table
 
 REPEATS: Final = 0.8
 """On a CPU repeated rows of a batch are sought where no more than this share of its rows is expected to be distinct."""
@@ -97,7 +97,7 @@ class StackedOrder:
         zero = torch.zeros(1, dtype=torch.int64, device=at.device)
         return _Vectors(self._train.prompts.take(zero), torch.zeros_like(at), zero, (None, 0, None))
 
-    def _vectors(self, table: VectorTable | TensorTable, index: torch.Tensor) -> _Vectors:
+    def _vectors(self, table: Table, index: torch.Tensor) -> _Vectors:
         """Return the vectors of references to a table, (h, r).
 
         A table that is no longer than a head's references is shared whole: its vectors are there once, and each head
@@ -116,7 +116,7 @@ class StackedOrder:
         return _Vectors(_take(table, index), torch.arange(r, device=index.device), index, (0, None, 0))
 
 
-def _take(table: VectorTable | TensorTable, index: torch.Tensor) -> torch.Tensor:
+def _take(table: Table, index: torch.Tensor) -> torch.Tensor:
     """Return the vectors at (h, r), (h, r, d); of a streamed table each distinct row is read once."""
     if not table.streamed:
         return table.take(index.reshape(-1)).reshape(*index.shape, -1)

@@ -231,7 +231,7 @@ class _Stack:
             row = HistoryRow(self.step, epoch, means[at], val_loss[at], accuracy[at], lr, scales[at])
             try:
                 require_finite_losses(columns[at], member.config, first, self.course)
-                require_finite(val_loss[at], row)
+                require_finite(val_loss[at], row, self.course)
             except NumericsError as error:
                 rows.append(error)
             else:

@@ -4,21 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, final
+from typing import Final, Protocol, final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from palcache.cache import Cache, Space, spaces_of
-from palcache.comparison_files import StoredComparisons
 from palcache.devices import free_memory, resolve_device
 from palcache.errors import MismatchError, NumericsError
 from palcache.fingerprints import Keys, hex_key
-from palcache.spaces import Which
+from palcache.storage.comparison_files import StoredComparisons
+from palcache.storage.spaces import Which
 
 MEMORY_SHARE: Final = 0.4
 """Vectors go to the device at once if they fill at most this share of its free memory; else they are streamed."""
+
+
+class Table(Protocol):
+    """Rows of float32 vectors, found by their position."""
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+
+    @property
+    def width(self) -> int:
+        """Width of the vectors, d."""
+
+    @property
+    def streamed(self) -> bool:
+        """Vectors are read batch by batch."""
+
+    @property
+    def resident(self) -> torch.Tensor | None:
+        """All vectors, (m, d), where they are at hand."""
+
+    def take(self, index: torch.Tensor) -> torch.Tensor:
+        """Return vectors by their position, (n,) -> (n, d) float32."""
 
 
 @final
@@ -46,7 +68,7 @@ class VectorTable:
         self._space, self._rows = space, torch.from_numpy(rows)
         self._resident = space.rows(rows, which=which).float().to(device) if resident else None
         if self._resident is not None:
-            _refuse_non_finite(self._resident, space, self._rows)
+            refuse_non_finite(self._resident, space, self._rows)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -67,7 +89,7 @@ class VectorTable:
             return torch.index_select(self._resident, 0, index)
         rows = self._rows[index.cpu()]
         vectors = self._space.rows(rows, which=self._which)
-        _refuse_non_finite(vectors, self._space, rows)
+        refuse_non_finite(vectors, self._space, rows)
         return vectors.to(self.device).float()
 
 
@@ -101,7 +123,14 @@ class TensorTable:
         return torch.index_select(self.vectors, 0, index)
 
 
-def _refuse_non_finite(vectors: torch.Tensor, space: Space, rows: torch.Tensor) -> None:
+def refuse_non_finite(vectors: torch.Tensor, space: Space, rows: torch.Tensor) -> None:
+    """Raise NumericsError where a vector is not finite, naming its row in the space.
+
+    Args:
+        vectors: (n, d).
+        space: where they come from.
+        rows: the row of each, (n,).
+    """
     good = torch.isfinite(vectors).all(dim=1)
     if not bool(good.all()):
         first = int(rows[int(torch.nonzero(~good)[0])])
@@ -114,7 +143,7 @@ def _refuse_non_finite(vectors: torch.Tensor, space: Space, rows: torch.Tensor) 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class PairBatch:
-    """n comparisons over the distinct vectors that they use.
+    """n comparisons over the distinct vectors that they use; each is one pair of rows, or several (of its tokens).
 
     Attributes:
         prompts: distinct prompt vectors, (P, d).
@@ -126,6 +155,9 @@ class PairBatch:
         y: -1, 0 or +1, (n,) float32.
         prompt_names: of the prompt vectors, (P,) int64, which noise goes by; None counts them.
         response_names: of the response vectors, (R,).
+        comparison: where comparisons have several pairs of rows, m in all, of which comparison each is, (m,) int64, every
+            one at least once and in order; `response_1` and `response_2` are then (m,), and `prompt` too where each pair
+            has a prompt row of its own.
     """
 
     prompts: torch.Tensor
@@ -137,6 +169,7 @@ class PairBatch:
     y: torch.Tensor
     prompt_names: torch.Tensor | None = None
     response_names: torch.Tensor | None = None
+    comparison: torch.Tensor | None = None
 
 
 @final
@@ -156,8 +189,8 @@ class PreferenceData:
         joint: response vectors are of prompt and response in one forward; prompts are then not read.
     """
 
-    prompts: VectorTable | TensorTable
-    responses: VectorTable | TensorTable
+    prompts: Table
+    responses: Table
     prompt: torch.Tensor
     response_1: torch.Tensor
     response_2: torch.Tensor
@@ -202,20 +235,20 @@ class PreferenceData:
         Args:
             rows: row numbers on the data's device, (n,).
         """
-        prompts, prompt = _distinct(self.prompt[rows], len(self.prompts))
+        prompts, prompt, prompt_names = take_distinct(self.prompts, self.prompt[rows])
         pair = torch.cat([self.response_1[rows], self.response_2[rows]])
-        responses, response = _distinct(pair, len(self.responses))
+        responses, response, response_names = take_distinct(self.responses, pair)
         n = len(rows)
         return PairBatch(
-            self.prompts.take(prompts),
+            prompts,
             prompt,
-            self.responses.take(responses),
+            responses,
             response[:n],
             response[n:],
             self.user[rows],
             self.y[rows],
-            prompts,
-            responses,
+            prompt_names=prompt_names,
+            response_names=response_names,
         )
 
     def batches(self, size: int) -> Iterator[PairBatch]:
@@ -224,15 +257,15 @@ class PreferenceData:
             yield self.batch(rows)
 
 
-def _distinct(index: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rows to be read of a table of so many, and where each of `index` stands among them.
+def take_distinct(table: Table, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the vectors at `index`, where each stands among them, and their positions in the table.
 
     Each is read once where repeats are likely; elsewhere finding them costs more than it saves.
     """
-    if rows > 8 * len(index):
-        return index, torch.arange(len(index), device=index.device)
+    if len(table) > 8 * len(index):
+        return table.take(index), torch.arange(len(index), device=index.device), index
     distinct, inverse = torch.unique(index, return_inverse=True)
-    return distinct, inverse
+    return table.take(distinct), inverse, distinct
 
 
 def load_preferences(

@@ -1,106 +1,106 @@
-"""Comparisons with a hidden state at every token position, dense (n, t, d), as token-level losses need them.
+"""Comparisons with a hidden state at every token, as token-level losses need them: the positions of spans, unpadded.
 
-Stored token vectors are ragged: values (T, d) and offsets (N + 1,), never padded. `dense_rows` makes them dense, and
-`spans` finds the positions that count from token ids and real lengths, never from a pad id.
+A span goes from the first token at which two responses differ to the end of the longer one. Each of its positions is a
+pair of rows of a `PairBatch`, so that only states with a part in the loss are read and projected, and each of them once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from palcache.cache import Cache, Space
 from palcache.choices import PromptAlignment
-from palcache.errors import InputError
+from palcache.devices import free_memory, resolve_device
+from palcache.spans import divergence_spans
+from palcache.storage.comparison_files import StoredComparisons
+from palcache.tensors import (
+    MEMORY_SHARE,
+    PairBatch,
+    PreferenceData,
+    Table,
+    TensorTable,
+    VectorTable,
+    find_rows,
+    take_distinct,
+)
+from palcache.token_states import LastStates, RaggedRows, StateRows, StreamedRows, load_rows, take_positions
 
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenBatch:
-    """n comparisons with the hidden states of their texts at t positions.
+    """n comparisons as the positions of their spans, m in all; an empty span keeps one position without weight.
 
     Attributes:
-        left: states of response_1 (for joint vectors: of prompt and response), (n, t, d).
-        right: states of response_2, (n, t, d).
-        prompts: one state per prompt, (n, d), or one per position, (n, t, d).
-        divergence: first position that counts, (n,) int64.
-        end: position after the last that counts, (n,) int64.
-        user: number of the user, (n,) int64; -1 is a user whom the head does not know.
-        y: -1, 0 or +1, (n,), of the states' dtype.
+        pairs: the states of both responses at each position, a pair of rows each; users and answers are per comparison.
+        comparison: which comparison each position is of, (m,) int64, ascending.
+        rank: of each position in its span, from 1, (m,) int64; others than 1 to `count` have no part in the loss.
+        count: positions of each span, (n,) int64; 0 for an empty one.
     """
 
-    left: torch.Tensor
-    right: torch.Tensor
-    prompts: torch.Tensor
-    divergence: torch.Tensor
-    end: torch.Tensor
-    user: torch.Tensor
-    y: torch.Tensor
-
-
-def dense_rows(values: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor, t: int | None = None) -> torch.Tensor:
-    """Return ragged rows as (n, t, ...): positions past a row's end hold its last value, an empty row holds zeros.
-
-    Args:
-        values: all rows one after the other, (T, ...): states (T, d) or token ids (T,).
-        offsets: row i is values[offsets[i]:offsets[i + 1]], (N + 1,) int64.
-        rows: which rows, (n,) int64.
-        t: positions; None takes the longest row's, at least 1.
-    """
-    begin, length = offsets[rows], offsets[rows + 1] - offsets[rows]
-    t = max(1, int(length.max()) if len(rows) else 1) if t is None else t
-    at = torch.arange(t, device=values.device).minimum((length - 1).clamp(min=0).unsqueeze(-1))
-    found = (begin.unsqueeze(-1) + at).clamp(max=max(0, len(values) - 1))
-    out = values[found] if len(values) else values.new_zeros((*found.shape, *values.shape[1:]))
-    empty = (length == 0).reshape(-1, *[1] * (out.dim() - 1))
-    return torch.where(empty, torch.zeros_like(out), out)
-
-
-def spans(
-    left: torch.Tensor, right: torch.Tensor, left_length: torch.Tensor, right_length: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the positions that count: from where two responses first differ to the end of the longer one.
-
-    A response that is the other's beginning differs from it where it ends. Equal responses have an empty span.
-
-    Args:
-        left: token ids of response_1, (n, t); what stands past the real length does not matter.
-        right: token ids of response_2, (n, t).
-        left_length: tokens of response_1, (n,).
-        right_length: tokens of response_2, (n,).
-
-    Returns:
-        First position that counts and position after the last, (n,) int64 each.
-    """
-    at = torch.arange(left.shape[1], device=left.device)
-    in_left, in_right = at < left_length.unsqueeze(-1), at < right_length.unsqueeze(-1)
-    differs = (in_left != in_right) | (in_left & in_right & (left != right))
-    end = torch.maximum(left_length, right_length)
-    first = torch.where(differs, at, left.shape[1]).amin(-1)
-    return torch.minimum(first, end), end
-
-
-@final
-@dataclass(frozen=True, slots=True, eq=False)
-class RaggedRows:
-    """Hidden states and token ids of many texts, ragged.
-
-    Attributes:
-        values: (T, d).
-        offsets: (N + 1,) int64.
-        ids: token ids, (T,); None where spans are known otherwise.
-    """
-
-    values: torch.Tensor
-    offsets: torch.Tensor
-    ids: torch.Tensor | None = None
+    pairs: PairBatch
+    comparison: torch.Tensor
+    rank: torch.Tensor
+    count: torch.Tensor
 
     @property
-    def lengths(self) -> torch.Tensor:
-        """Tokens of each text, (N,)."""
-        return self.offsets.diff()
+    def user(self) -> torch.Tensor:
+        """Number of the user, (n,) int64."""
+        return self.pairs.user
+
+    @property
+    def y(self) -> torch.Tensor:
+        """-1, 0 or +1, (n,)."""
+        return self.pairs.y
+
+    @classmethod
+    def from_dense(
+        cls,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        prompts: torch.Tensor,
+        span: torch.Tensor,
+        user: torch.Tensor,
+        y: torch.Tensor,
+        *,
+        whole: bool = False,
+    ) -> TokenBatch:
+        """Return a batch of states that are dense already, padded or not.
+
+        Args:
+            left: states of response_1, (n, t, d).
+            right: states of response_2, (n, t, d).
+            prompts: one state per prompt, (n, d), or one per position, (n, t, d).
+            span: first position that counts and position after the last, (n, 2) int64; those at or beyond t are not there.
+            user: (n,) int64.
+            y: (n,), of the states' dtype.
+            whole: keep all positions, those outside the spans with weight 0: statistics of batchnorms are then those of
+                the published implementation.
+        """
+        n, t = left.shape[:2]
+        first, end = span.unbind(-1)
+        count = (end.clamp(max=t) - first).clamp(min=0)
+        begin, kept = (torch.zeros_like(first), torch.full_like(first, t)) if whole else (first, count.clamp(min=1))
+        comparison, at = _positions(begin, kept)
+        place, m = comparison * t + at.clamp(max=t - 1), len(at)
+        both = torch.cat([left.flatten(0, 1)[place], right.flatten(0, 1)[place]])
+        own = torch.arange(2 * m, device=left.device)
+        prompts, prompt = (prompts.flatten(0, 1)[place], own[:m]) if prompts.dim() > 2 else (prompts, own[:n])
+        pairs = PairBatch(prompts, prompt, both, own[:m], own[m:], user, y, comparison=comparison)
+        return cls(pairs, comparison, at - first[comparison] + 1, count)
+
+
+def _positions(begin: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return which comparison each position is of, and the position: `kept` of them from `begin` on, (m,) each."""
+    comparison = torch.repeat_interleave(torch.arange(len(kept), device=kept.device), kept)
+    before = kept.cumsum(0) - kept
+    return comparison, torch.arange(len(comparison), device=kept.device) + (begin - before)[comparison]
 
 
 @final
@@ -109,30 +109,29 @@ class TokenData:
     """Comparisons over texts with a hidden state at every token.
 
     Attributes:
-        prompts: of the distinct prompts; for `pooled` alignment the last state of each is used.
-        responses: of the distinct responses, with token ids; of prompt and response where `joint`.
+        prompts: a vector of each distinct prompt, or its states at every token: position t of a prompt then meets position
+            t of a response, its last one where it is shorter.
+        responses: states of the distinct responses; of prompt and response in one forward where `joint`.
         prompt: row of each comparison's prompt, (n,) int64.
         response_1: row of the left response, (n,).
         response_2: row of the right response, (n,).
         user: number of the user in `users`, (n,); -1 where unknown.
         y: -1, 0 or +1, (n,) float32.
         users: ids of the users.
-        alignment: one state per prompt, or its state at the response's position.
-        joint: the states are of prompt and response in one forward.
-        span: first position and position after the last, (n, 2); None finds them from token ids.
+        span: first position that counts and position after the last, (n, 2) int64.
+        joint: the states are of prompt and response in one forward; prompts are then not read.
     """
 
-    prompts: RaggedRows
-    responses: RaggedRows
+    prompts: Table | StateRows
+    responses: StateRows
     prompt: torch.Tensor
     response_1: torch.Tensor
     response_2: torch.Tensor
     user: torch.Tensor
     y: torch.Tensor
     users: tuple[str, ...]
-    alignment: PromptAlignment = "pooled"
+    span: torch.Tensor
     joint: bool = False
-    span: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.y)
@@ -145,18 +144,23 @@ class TokenData:
     @property
     def width(self) -> int:
         """Width of the states, d."""
-        return self.responses.values.shape[-1]
+        return self.responses.width
 
     @property
     def streamed(self) -> bool:
-        """States are in memory."""
-        return False
+        """States are read batch by batch."""
+        return self.responses.streamed or self.prompts.streamed
 
-    def take(self, rows: torch.Tensor) -> TokenData:
+    @property
+    def alignment(self) -> PromptAlignment:
+        """What a response's position meets: the prompt's vector, or the prompt's state at the same position."""
+        return "position" if isinstance(self.prompts, RaggedRows | StreamedRows) else "pooled"
+
+    def take(self, rows: npt.NDArray[np.int64]) -> TokenData:
         """Return some of the comparisons, over the same states."""
-        names = ("prompt", "response_1", "response_2", "user", "y")
-        span = None if self.span is None else self.span[rows]
-        return replace(self, span=span, **{name: getattr(self, name)[rows] for name in names})
+        at = torch.from_numpy(rows).to(self.device)
+        names = ("prompt", "response_1", "response_2", "user", "y", "span")
+        return replace(self, **{name: getattr(self, name)[at] for name in names})
 
     def with_users(self, users: Sequence[str]) -> TokenData:
         """Return the same comparisons with users numbered as in `users`; others become -1."""
@@ -164,42 +168,40 @@ class TokenData:
         table = torch.tensor([number.get(user, -1) for user in self.users] + [-1], device=self.device)
         return replace(self, user=table[self.user], users=tuple(users))
 
-    def batch(self, rows: torch.Tensor) -> TokenBatch:
-        """Return some comparisons, padded to the longest response among them.
-
-        Raises:
-            InputError: there are neither spans nor token ids to find them.
-        """
-        left, right = self.response_1[rows], self.response_2[rows]
-        lengths = self.responses.lengths
-        t = max(1, int(torch.maximum(lengths[left], lengths[right]).max()))
-        divergence, end = self._spans(rows, left, right, t)
-        values, offsets = self.responses.values, self.responses.offsets
-        prompt = self.prompt[rows]
-        if self.alignment == "position":
-            prompts = dense_rows(self.prompts.values, self.prompts.offsets, prompt, t)
-        else:
-            prompts = last_values(self.prompts.values, self.prompts.offsets, prompt)
-        return TokenBatch(
-            dense_rows(values, offsets, left, t).float(),
-            dense_rows(values, offsets, right, t).float(),
-            prompts.float(),
-            divergence,
-            end,
-            self.user[rows],
-            self.y[rows],
+    def served(self) -> PreferenceData:
+        """Return the comparisons as rewards are served: on the last state of each response, and of each prompt."""
+        prompts = self.prompts
+        return PreferenceData(
+            prompts=LastStates(prompts) if isinstance(prompts, RaggedRows | StreamedRows) else prompts,
+            responses=LastStates(self.responses),
+            prompt=self.prompt,
+            response_1=self.response_1,
+            response_2=self.response_2,
+            user=self.user,
+            y=self.y,
+            users=self.users,
+            joint=self.joint,
         )
 
-    def _spans(
-        self, rows: torch.Tensor, left: torch.Tensor, right: torch.Tensor, t: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.span is not None:
-            return self.span[rows, 0], self.span[rows, 1]
-        ids, offsets, lengths = self.responses.ids, self.responses.offsets, self.responses.lengths
-        if ids is None:
-            raise InputError("The token states have no token ids, and no spans are given; give one of them.")
-        sides = dense_rows(ids, offsets, left, t), dense_rows(ids, offsets, right, t)
-        return spans(sides[0], sides[1], lengths[left], lengths[right])
+    def batch(self, rows: torch.Tensor) -> TokenBatch:
+        """Return the spans of some comparisons, with each state that they need once.
+
+        Args:
+            rows: row numbers on the data's device, (n,).
+        """
+        first, end = self.span[rows].unbind(-1)
+        count, n = (end - first).clamp(min=0), len(rows)
+        comparison, at = _positions(first, count.clamp(min=1))
+        both, m = torch.cat([self.response_1[rows], self.response_2[rows]]), len(at)
+        owner = torch.cat([comparison, comparison + n])
+        responses, place, names = take_positions(self.responses, both, owner, torch.cat([at, at]))
+        if isinstance(self.prompts, RaggedRows | StreamedRows):
+            prompts, prompt, prompt_names = take_positions(self.prompts, self.prompt[rows], comparison, at)
+        else:
+            prompts, prompt, prompt_names = take_distinct(self.prompts, self.prompt[rows])
+        user, y = self.user[rows], self.y[rows]
+        pairs = PairBatch(prompts, prompt, responses, place[:m], place[m:], user, y, prompt_names, names, comparison)
+        return TokenBatch(pairs, comparison, at - first[comparison] + 1, count)
 
     def batches(self, size: int) -> Iterator[TokenBatch]:
         """Yield all comparisons in order, `size` at a time."""
@@ -207,8 +209,68 @@ class TokenData:
             yield self.batch(rows)
 
 
-def last_values(values: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Return the last value of ragged rows, (n, ...); zeros for an empty row. Arguments as for `dense_rows`."""
-    begin, end = offsets[rows], offsets[rows + 1]
-    out = values[(end - 1).clamp(min=0)]
-    return torch.where((end == begin).reshape(-1, *[1] * (out.dim() - 1)), torch.zeros_like(out), out)
+def load_tokens(
+    cache: Cache,
+    stored: StoredComparisons,
+    spaces: Mapping[str, str],
+    *,
+    alignment: PromptAlignment = "pooled",
+    device: str = "auto",
+) -> TokenData:
+    """Return a table's comparisons with the states of every kept token on a device, or streamed where they do not fit.
+
+    Args:
+        cache: the cache.
+        stored: a comparison table of it.
+        spaces: ids of the spaces by role: `prompt` and `response`, or `joint` for prompt and response in one forward.
+        alignment: one vector per prompt, or its state at the response's position.
+        device: `auto`, `cpu`, `cuda`, `mps`.
+
+    Raises:
+        CacheError: a space keeps no token states.
+        MismatchError: texts of the table are not in the cache.
+        NumericsError: a state is not finite; streamed states are checked as they are read.
+    """
+    where, table, joint = resolve_device(device), stored.comparisons, "joint" in spaces
+    items = cache.space(spaces["joint" if joint else "response"])
+    if joint:
+        rows = find_rows(items, stored.joint_keys, "pairs of a prompt and a response", stored.name, cache)
+        sides = stored.joint_items[1].T
+    else:
+        rows = find_rows(items, stored.response_keys, "responses", stored.name, cache)
+        sides = np.stack([table.response_1, table.response_2]).astype(np.int64)
+    span = divergence_spans(items, rows[sides[0]], rows[sides[1]])
+    budget = MEMORY_SHARE * free_memory(where)
+    resident = _bytes(items, rows) <= budget
+    responses = load_rows(items, rows, where, resident=resident)
+    left = budget - _bytes(items, rows) * resident
+    prompts: Table | StateRows = TensorTable(torch.zeros(1, items.width, device=where))
+    if not joint:
+        space = cache.space(spaces["prompt"])
+        own = find_rows(space, stored.prompt_keys, "prompts", stored.name, cache)
+        if alignment == "position":
+            prompts = load_rows(space, own, where, resident=_bytes(space, own) <= left)
+        else:
+            prompts = VectorTable(space, own, where, resident=4 * len(own) * space.width <= left)
+
+    def to_device(array: npt.NDArray[np.integer]) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array, np.int64)).to(where)
+
+    return TokenData(
+        prompts=prompts,
+        responses=responses,
+        prompt=to_device(np.zeros_like(table.y) if joint else table.prompts.codes),
+        response_1=to_device(sides[0]),
+        response_2=to_device(sides[1]),
+        user=to_device(table.users.codes),
+        y=torch.from_numpy(table.y.astype(np.float32)).to(where),
+        users=tuple(table.users.values.to_pylist()),
+        span=to_device(np.stack([span.first, span.end], axis=-1)),
+        joint=joint,
+    )
+
+
+def _bytes(space: Space, rows: npt.NDArray[np.int64]) -> int:
+    """Return the size of the token states of some rows; int8 states are handed out as float32."""
+    size = 4 if space.dtype in {"float32", "int8"} else 2
+    return int(space.token_lengths(rows).sum()) * space.width * size

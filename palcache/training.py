@@ -92,7 +92,7 @@ def fit(
             rate = (run.epoch - before) * len(train) / (time.perf_counter() - begun)
             val_loss, val_accuracy = objective.validate(run.parameters, val)
         row = HistoryRow(run.step, run.epoch, loss, val_loss, val_accuracy, run.lr, run.scale)
-        require_finite(val_loss, row)
+        require_finite(val_loss, row, run.course)
         if val_loss < min((r.val_loss for r in history), default=math.inf):
             best = run.snapshot()
         history.append(row)
@@ -121,7 +121,7 @@ def _solve(
     parameters = shape.solve(train, val)
     (loss, _), (val_loss, accuracy) = objective.validate(parameters, train), objective.validate(parameters, val)
     row = HistoryRow(1, 1.0, loss, val_loss, accuracy, 0.0, 1.0)
-    require_finite(val_loss, row)
+    require_finite(val_loss, row, Course(1, 1, 1))
     seconds = time.perf_counter() - start
     if on_progress:
         on_progress(FitProgress(row, 1, len(train) / seconds))

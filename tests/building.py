@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
+from palcache.spans import ragged_spans
 from palcache.tensors import PairBatch, PreferenceData, TensorTable
-from palcache.token_batches import RaggedRows, TokenBatch, TokenData
+from palcache.token_batches import TokenBatch, TokenData
+from palcache.token_states import RaggedRows
 
 
 def generator(seed: int) -> torch.Generator:
@@ -49,31 +49,36 @@ def all_pairs(data: PreferenceData) -> PairBatch:
     return data.batch(torch.arange(len(data)))
 
 
-def make_token_data(n: int = 12, users: int = 4, d: int = 7, *, seed: int = 0, joint: bool = False) -> TokenData:
-    """Return random comparisons with ragged token states and token ids."""
+def make_token_data(
+    n: int = 12, users: int = 4, d: int = 7, *, seed: int = 0, joint: bool = False, aligned: bool = False
+) -> TokenData:
+    """Return random comparisons with ragged token states, prompts as vectors or, where aligned, as states too."""
     g = generator(seed)
 
-    def ragged(texts: int) -> RaggedRows:
+    def ragged(texts: int) -> tuple[RaggedRows, torch.Tensor]:
         lengths = torch.randint(2, 9, (texts,), generator=g)
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
         total = int(offsets[-1])
-        return RaggedRows(torch.randn(total, d, generator=g), offsets, torch.randint(50, (total,), generator=g))
+        return RaggedRows(torch.randn(total, d, generator=g), offsets), torch.randint(3, (total,), generator=g)
 
+    prompts, _ = ragged(5)
+    responses, ids = ragged(9)
     left = torch.randint(8, (n,), generator=g)
+    right = (left + 1) % 9
+    spans = ragged_spans(ids.numpy(), responses.offsets.numpy(), left.numpy(), right.numpy())
     return TokenData(
-        ragged(5),
-        ragged(9),
+        prompts if aligned else TensorTable(torch.randn(5, d, generator=g)),
+        responses,
         torch.randint(5, (n,), generator=g),
         left,
-        (left + 1) % 9,
+        right,
         torch.arange(n) % users,
         torch.where(torch.rand(n, generator=g) < 0.5, -1.0, 1.0),
         tuple(f"user.{i}" for i in range(users)),
+        torch.stack([torch.from_numpy(spans.first), torch.from_numpy(spans.end)], -1),
         joint=joint,
     )
 
 
-def all_tokens(data: TokenData, dtype: torch.dtype = torch.float32) -> TokenBatch:
-    batch = data.batch(torch.arange(len(data)))
-    names = ("left", "right", "prompts", "y")
-    return replace(batch, **{name: getattr(batch, name).to(dtype) for name in names})
+def all_tokens(data: TokenData) -> TokenBatch:
+    return data.batch(torch.arange(len(data)))

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, Final
@@ -21,14 +21,15 @@ import numpy.typing as npt
 from palcache.cache import Cache
 from palcache.comparisons import Comparisons
 from palcache.configs import EmbedConfig
-from palcache.encoding import embed_comparisons
+from palcache.embedding.encoding import embed_comparisons
 from palcache.errors import PalcacheError
-from palcache.shards import ShardWriter
+from palcache.storage.shards import ShardWriter
 from tests.stubs import StubEncoder
 
 CONTEXT: Final = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["pytest", "tests.children"])
 DIED: Final = 9
+_Array = npt.NDArray[Any]
 _EVENTS: Final = {"open", "os.rename", "os.remove", "os.mkdir", "fcntl.flock", "mmap.__new__", "palcache.test"}
 
 
@@ -111,11 +112,11 @@ def _audit_more() -> None:
 
     write = ShardWriter.write
 
-    def torn(self: ShardWriter, rows: npt.NDArray[Any], vectors: npt.NDArray[Any], norms: npt.NDArray[Any]) -> None:
+    def torn(self: ShardWriter, rows: _Array, vectors: _Array, norms: _Array, more: Mapping[str, _Array]) -> None:
         half = len(rows) // 2
-        write(self, rows[:half], vectors[:half], norms[:half])
+        write(self, rows[:half], vectors[:half], norms[:half], {name: values[:half] for name, values in more.items()})
         sys.audit("palcache.test")
-        write(self, rows, vectors, norms)
+        write(self, rows, vectors, norms, more)
 
     os.fsync = told(os.fsync)
     os.posix_fallocate = told(os.posix_fallocate)

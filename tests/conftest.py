@@ -9,8 +9,8 @@ import pytest
 
 from palcache.cache import Cache
 from palcache.configs import FitConfig, HeadConfig
-from palcache.runs import RunResult, train_run
-from palcache.stages import embed_tables
+from palcache.embedding.stages import embed_tables
+from palcache.runs.trainings import RunResult, train_run
 
 ROOT = Path(__file__).parents[1]
 SMALL_HEAD = HeadConfig(k=2, p=8)

@@ -12,9 +12,10 @@ import torch
 from palcache.checkpoints import TrainedHead
 from palcache.comparisons import Column, Comparisons
 from palcache.heads import PalB
-from palcache.posteriors import Gaussian, contrasts
-from palcache.reductions import ReducedComparisons
 from palcache.synthetic import PlantedComparisons, Population, draw_population, population_comparisons
+from palcache.users.padded_users import contrasts
+from palcache.users.posteriors import Gaussian
+from palcache.users.reductions import ReducedComparisons
 
 D, P = 13, 11
 TEMPERATURE = 0.05
@@ -50,7 +51,11 @@ def reduced_of(population: Population, answers: PlantedComparisons) -> ReducedCo
     number = [torch.from_numpy(a.astype(np.int64)) for a in (answers.prompt, answers.user)]
     names = tuple(f"user.{i}" for i in range(len(population.mixtures)))
     y = torch.from_numpy(answers.y.astype(np.float64))
-    return ReducedComparisons(torch.from_numpy(b), torch.from_numpy(grams), number[0], y, number[1], names, 1.0)
+    products = torch.from_numpy(b).unsqueeze(1)
+    zeros, k = torch.zeros_like(products[..., 0]), grams.shape[1]
+    return ReducedComparisons(
+        "cosine", products, zeros, torch.from_numpy(grams), number[0], y, number[1], names, k, temperature=1.0
+    )
 
 
 def head_of(population: Population) -> TrainedHead:

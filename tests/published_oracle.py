@@ -6,12 +6,15 @@ dictionaries, loops instead of tensors of weights. Its state dict has the publis
 
 from __future__ import annotations
 
+import json
 import math
+import random
 import re
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 Tensors = dict[str, torch.Tensor]
@@ -36,14 +39,15 @@ class _Stack(nn.Module):
 class _Projector(nn.Module):
     def __init__(self, name: str, d: int, p: int) -> None:
         super().__init__()
-        self.mlp, self.residual = _Stack(name, d, p), "residual" in name
+        self.residual = "residual" in name
+        self.mlp: nn.Module = nn.Identity() if name == "identity" else _Stack(name, d, p)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        out = self.mlp.layers(rows)
+        out = self.mlp.layers(rows) if isinstance(self.mlp, _Stack) else rows
         if self.residual:
             out = out + rows
-        return out.reshape(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+        return out.reshape(*x.shape[:-1], -1)
 
 
 class _Softmax(nn.Module):
@@ -114,6 +118,11 @@ class Oracle(nn.Module):
             cosine = nn.CosineSimilarity(dim=-1)
             return torch.stack([s * cosine(left, ideal), s * cosine(right, ideal)], dim=-1)
         ideal = self.ideal(w).unsqueeze(1)
+        kind = self.meta["pref_learner_type"]
+        if kind != "dist":
+            s, cosine = min(self.logit_scale.exp(), torch.tensor(100.0)), nn.CosineSimilarity(dim=-1)
+            scores = [s * cosine(side, ideal) for side in (left, right)]
+            return torch.stack(scores, dim=-1) if kind == "angle" else (1 - scores[0]) - (1 - scores[1])
         distances = [(side - ideal).square().sum(-1).sqrt() for side in (left, right)]
         return torch.sub(*distances)
 
@@ -146,12 +155,15 @@ class Oracle(nn.Module):
 
     def token_loss(self, y_hat: torch.Tensor, y: int) -> torch.Tensor:
         """Return the loss of one comparison at one token."""
-        if self.meta["pal"] == "b":
+        if y_hat.dim():
             return nn.functional.cross_entropy(y_hat.unsqueeze(0), torch.tensor([(y + 1) // 2]))
         kind = self.meta["loss"].removesuffix("_w")
         if kind == "logistic":
             return -nn.functional.logsigmoid(y * y_hat)
-        return (1 - y * y_hat).clamp(min=0)
+        short = (1 - y * y_hat).clamp(min=0)
+        if kind == "hinge_smooth":
+            return short**2 / 10 if short <= 5 else short - 2.5
+        return short
 
 
 def _weigh(tokens: list[torch.Tensor], weighting: str) -> torch.Tensor:
@@ -165,15 +177,6 @@ def _weigh(tokens: list[torch.Tensor], weighting: str) -> torch.Tensor:
     return sum(((i + 1) * loss for i, loss in enumerate(tokens)), torch.zeros(())) / (m * (m + 1) / 2)
 
 
-@dataclass(frozen=True)
-class Case:
-    """A reference file: what it is of, and its tensors."""
-
-    name: str
-    meta: dict[str, Any]
-    tensors: Tensors
-
-
 RATES = {
     "projector_f": (1e-4, 0.01), "projectors_gk": (1e-4, 0.01), "projector": (1e-4, 0.01),
     "P": (5e-3, 0.0), "W": (5e-3, 0.0), "logit_scale": (0.1, 0.0),
@@ -185,21 +188,72 @@ GROUPS = (
 )  # fmt: skip
 
 
-def make_case(name: str, seed: int, **changes: Any) -> Case:
-    """Return a reference file made by the oracle."""
+NAMED: dict[str, dict[str, Any]] = {
+    "b-batchnorm-nobias": {"proj_arch": "mlp2-relu-dropout0-batchnorm-nobias", "k": 3, "temperature": 0.5},
+    "b-batchnorm-residual": {
+        "proj_arch": "mlp1-gelu-dropout0-residual-batchnorm", "d_pref": 7, "loss_weighting": "cumulative"},
+    "b-batchnorm-partition": {"proj_arch": "mlp1-linear-dropout0-batchnorm", "partition": True, "k": 4},
+    "b-deep-nobias": {
+        "proj_arch": "mlp3-linear-dropout0-nobias", "k": 4, "temperature": 2.5, "loss_weighting": "only_last"},
+    "b-one-prototype": {"proj_arch": "mlp0-relu-dropout0-residual", "k": 1, "d_pref": 7},
+    "b-identity": {"proj_arch": "identity", "k": 3, "d_pref": 7},
+    "b-users": {"proj_arch": "mlp1-gelu-dropout0", "loss": "CE_w", "steps": 5},
+    "a-identity": {"pal": "a", "user_learner_type": "Pw", "proj_arch": "identity", "d_pref": 7},
+    "a-f(Pw)-batchnorm": {"pal": "a", "user_learner_type": "f(Pw)", "proj_arch": "mlp1-relu-dropout0-batchnorm"},
+    "a-f(P)w-batchnorm": {"pal": "a", "user_learner_type": "f(P)w", "k": 3, "proj_arch": "mlp2-gelu-dropout0-batchnorm"},
+    "a-|f(P)|w": {"pal": "a", "user_learner_type": "|f(P)|w", "k": 4, "temperature": 0.3},
+    "a-Pw-logistic": {"pal": "a", "user_learner_type": "Pw", "loss": "logistic_w", "loss_weighting": "only_last"},
+    "a-Pw-partition": {"pal": "a", "user_learner_type": "Pw", "partition": True, "proj_arch": "mlp1-relu-dropout0-nobias"},
+    "a-angle": {"pal": "a", "user_learner_type": "f(Pw)", "pref_learner_type": "angle", "loss": "CE"},
+    "a-smooth": {"pal": "a", "user_learner_type": "Pw", "pref_learner_type": "angle_hinge", "loss": "hinge_smooth"},
+}  # fmt: skip
+
+
+def random_meta(seed: int) -> dict[str, Any]:
+    """Return what a file of a random configuration is of."""
+    draw = random.Random(seed)  # noqa: S311 - a test's choice
+    pal, residual = draw.choice("ab"), draw.random() < 0.3
+    d = draw.randint(3, 12)
+    p = d if residual else draw.choice([q for q in range(2, 13) if q != d])
+    flags = ("-residual" if residual else "") + draw.choice(["", "-batchnorm"]) + draw.choice(["", "", "-nobias"])
+    name = f"mlp{draw.randint(0, 3)}-{draw.choice(['relu', 'gelu', 'linear'])}-dropout0{flags}"
+    k = draw.randint(1, 5)
+    meta: dict[str, Any] = {
+        "pal": pal, "k": k, "d_hid": d, "d_pref": p, "proj_arch": name, "partition": draw.random() < 0.3,
+        "loss_weighting": draw.choice(["mean", "cumulative", "only_last"]),
+        "temperature": draw.choice([0.2, 0.5, 1.0, 1.7, 4.0]), "steps": draw.randint(2, 4),
+    }  # fmt: skip
+    if pal == "b":
+        return meta | {"loss": draw.choice(["CE", "CE_w"]), "pref_learner_type": "angle", "user_learner_type": None}
+    kind = draw.choice(["dist", "dist", "angle_hinge", "angle"])
+    loss = "CE" if kind == "angle" else draw.choice(["hinge", "logistic", "hinge_w"])
+    forms = ["f(Pw)", "Pw", *(["f(P)w", "|f(P)|w"] if k > 1 or "batchnorm" not in name else [])]
+    form = draw.choice(forms)  # torch has no statistics of a single row
+    return meta | {"pref_learner_type": kind, "loss": loss, "user_learner_type": form, "steps": 1}
+
+
+def write_file(path: Path, seed: int, *, dtype: torch.dtype = torch.float32, **changes: Any) -> None:
+    """Write a reference file made by the oracle; float64 shows that two computations are the same, whatever rounding does."""
     meta: dict[str, Any] = {
         "pal": "b", "k": 2, "d_hid": 7, "d_pref": 5, "proj_arch": "mlp2-gelu-dropout0", "pref_learner_type": "angle",
         "loss": "CE", "loss_weighting": "mean", "user_learner_type": None, "temperature": 1.0, "partition": False,
         "users": [f"user-{i}" for i in range(4)], "steps": 3, "optimizer_class": "Adam",
         "optimizer": {group: {"lr": lr, "weight_decay": decay} for group, (lr, decay) in RATES.items()},
     }  # fmt: skip
+    if changes.get("pal") == "a":
+        meta |= {"pref_learner_type": "dist", "loss": "hinge", "steps": 1}
     meta |= changes
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        oracle, tensors = Oracle(meta), _inputs(meta)
-        tensors |= {f"init.{key}": value.clone() for key, value in oracle.state_dict().items()}
-        _train(oracle, tensors)
-    return Case(name, meta, tensors)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            oracle, tensors = Oracle(meta), _inputs(meta)
+            tensors |= {f"init.{key}": value.clone() for key, value in oracle.state_dict().items()}
+            _train(oracle, tensors)
+    finally:
+        torch.set_default_dtype(before)
+    save_file({name: value.clone() for name, value in tensors.items()}, path, {"meta": json.dumps(meta)})
 
 
 def _inputs(meta: dict[str, Any], n: int = 6, t: int = 9) -> Tensors:
@@ -211,9 +265,20 @@ def _inputs(meta: dict[str, Any], n: int = 6, t: int = 9) -> Tensors:
     return {**sides, "in.divergence": divergence, "in.end": end, "in.user_index": users, "in.y": y}
 
 
+def _share_right(y_hat: torch.Tensor, case: Tensors) -> float:
+    shares = []
+    for i, y in enumerate(case["in.y"].tolist()):
+        margins: list[float] = (y_hat[i] if y_hat.dim() == 2 else y_hat[i, :, 1] - y_hat[i, :, 0]).tolist()
+        inside = margins[int(case["in.divergence"][i]) : int(case["in.end"][i])]
+        shares.append(sum(y * margin > 0 for margin in inside) / max(len(inside), 1))
+    return float(sum(shares)) / len(shares)
+
+
 def _train(oracle: Oracle, tensors: Tensors) -> None:
     meta, named = oracle.meta, dict(oracle.named_parameters())
     groups: dict[str, list[torch.Tensor]] = {}
+    if meta["pref_learner_type"] != "angle":
+        oracle.logit_scale.requires_grad_(False)
     for name, value in named.items():
         group = next((group for group, pattern in GROUPS if re.fullmatch(pattern, name)), None)
         if group and value.requires_grad:
@@ -228,6 +293,7 @@ def _train(oracle: Oracle, tensors: Tensors) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
         if step == 0:
             tensors["out.y_hat"] = y_hat.detach()
+            tensors["out.accuracy_all_tokens"] = torch.tensor(_share_right(y_hat.detach(), tensors))
             tensors |= {f"grad.{name}": v.grad.clone() for name, v in named.items() if v.grad is not None}
         optimizer.step()
         losses.append(loss.detach())

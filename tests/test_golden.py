@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from palcache.cache import VERSION, Cache
-from palcache.compactions import compact_cache
+from palcache.care.compactions import compact_cache
+from palcache.care.exports import export_cache
+from palcache.care.merges import merge_caches
+from palcache.care.verification import verify_cache
 from palcache.configs import EmbedConfig, StoredDtype
+from palcache.embedding.encoding import embed_comparisons
 from palcache.encoders import Role
-from palcache.encoding import embed_comparisons
-from palcache.exports import export_cache
 from palcache.fingerprints import text_keys
-from palcache.merges import merge_caches
-from palcache.numerics import to_stored
-from palcache.verification import verify_cache
+from palcache.storage.numerics import to_stored
 from tests.golden.make_golden import DTYPES, golden_encoder, golden_table
 from tests.stubs import contents, differing, texts_of
 

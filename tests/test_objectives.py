@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.token_loss import time_losses
+from benchmarks.token_loss import time_losses, time_steps
 from palcache.configs import FitConfig, HeadConfig
 from palcache.errors import InputError, NumericsError
 from palcache.heads import IdealPointHead, build_head
@@ -92,7 +92,7 @@ def test_bound_of_ideal_points(kind: str, tokens: bool) -> None:
         for weight in (0.0, 2.0)
     ]
     assert isinstance(shape, IdealPointHead)
-    ideal = shape.points(parameters, batch)[2]
+    ideal = shape.points(parameters, batch.pairs if tokens else batch)[2]
     assert losses[1] - losses[0] == pytest.approx(2 * float((ideal.norm(dim=-1) - 0.5).clamp(min=0).sum()), rel=1e-4)
 
 
@@ -229,3 +229,9 @@ def test_a_loss_that_is_not_finite_says_where_it_began() -> None:
 def test_the_token_loss_is_much_faster_than_a_loop() -> None:
     best = max(time_losses(256, 64, "cumulative", rounds=3).ratio for _ in range(3))
     assert best >= 30, "the benchmark has the figure; this is what any machine reaches"
+
+
+def test_a_step_on_packed_spans_is_that_of_the_loop() -> None:
+    """`time_steps` compares all gradients with those of the loop before it takes times."""
+    for aligned in (False, True):
+        assert time_steps(24, 128, 6, aligned=aligned, rounds=1).ratio > 2

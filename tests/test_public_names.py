@@ -22,7 +22,7 @@ STAGE_2 = (
     "palcache.metrics",
     "palcache.evaluation",
     "palcache.reports",
-    "palcache.runs",
+    "palcache.runs.trainings",
 )
 
 

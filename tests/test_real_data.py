@@ -17,10 +17,10 @@ import pytest
 
 from palcache.cache import Cache
 from palcache.configs import FitConfig, HeadConfig, SplitConfig
+from palcache.embedding.stages import embed_tables
 from palcache.errors import PalcacheWarning
 from palcache.heads import PalB
-from palcache.runs import train_run
-from palcache.stages import embed_tables
+from palcache.runs.trainings import train_run
 from palcache.tensors import PreferenceData
 from palcache.training import fit, validate
 from tests.worlds import splits_of

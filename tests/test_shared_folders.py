@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 
 from palcache.cache import Cache
-from palcache.claims import STALE_SECONDS, make_claim, survey
+from palcache.care.verification import verify_cache
 from palcache.configs import EmbedConfig
-from palcache.encoding import embed_comparisons
+from palcache.embedding.encoding import embed_comparisons
+from palcache.embedding.forwards import BusyClock
+from palcache.embedding.summaries import EmbedSummary
 from palcache.errors import CacheError, PalcacheWarning, StorageError
 from palcache.fingerprints import text_keys
-from palcache.forwards import BusyClock
-from palcache.locks import rewriting
-from palcache.summaries import EmbedSummary
-from palcache.verification import verify_cache
+from palcache.storage.claims import STALE_SECONDS, make_claim, survey
+from palcache.storage.locks import rewriting
 from tests.stubs import StubEncoder, small_table
 
 TABLE = small_table()

@@ -17,7 +17,7 @@ from palcache.fits import FitResult
 from palcache.heads import build_head
 from palcache.optimizers import StackedOptimizer, build_optimizer, rate_factor
 from palcache.stacks import Member, StackProgress, fit_stack
-from palcache.tensors import PreferenceData
+from palcache.tensors import PreferenceData, Table, TensorTable
 from palcache.training import fit
 from tests.building import generator, make_data
 from tests.worlds import make_cache, planted_rows, splits_of
@@ -255,14 +255,19 @@ def test_a_stack_uses_as_many_threads_as_it_keeps_busy(monkeypatch: pytest.Monke
     assert set(seen) == {1, 2}
 
 
+def on_gpu(table: Table) -> TensorTable:
+    assert table.resident is not None
+    return TensorTable(table.resident.cuda())
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_stack_on_a_gpu_is_trained_as_alone() -> None:
     train, val = (
         replace(
             data,
-            prompts=replace(data.prompts, vectors=data.prompts.vectors.cuda()),  # type: ignore[type-var,union-attr]
-            responses=replace(data.responses, vectors=data.responses.vectors.cuda()),  # type: ignore[type-var,union-attr]
+            prompts=on_gpu(data.prompts),
+            responses=on_gpu(data.responses),
             **{name: getattr(data, name).cuda() for name in ("prompt", "response_1", "response_2", "user", "y")},
         )
         for data in splits()

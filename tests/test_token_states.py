@@ -19,17 +19,17 @@ from palcache_cli.app import app
 from typer.testing import CliRunner
 
 from palcache.cache import Cache
+from palcache.care.verification import reencode_sample, verify_cache
 from palcache.comparisons import Comparisons
 from palcache.configs import EmbedConfig, SplitConfig, StoredDtype
+from palcache.embedding.encoding import embed_comparisons, plan_embedding
+from palcache.embedding.stages import embed_tables
 from palcache.encoders.hidden_states import HiddenStateEncoder, load_hidden_states
-from palcache.encoding import embed_comparisons, plan_embedding
 from palcache.errors import CacheError, InputError, NumericsError
 from palcache.joints import load_joint
-from palcache.layouts import sampled_rows
 from palcache.spans import comparison_spans, divergence_spans
-from palcache.stages import embed_tables
+from palcache.storage.layouts import sampled_rows
 from palcache.tensors import load_preferences
-from palcache.verification import reencode_sample, verify_cache
 from tests.models import corpus, save_model
 from tests.stubs import StubEncoder, contents, differing, flip_bit, small_table
 
@@ -233,7 +233,7 @@ def test_damage_in_token_states_is_found(tmp_path: Path) -> None:
 
 
 def test_many_states_make_smaller_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("palcache.works.TOKEN_SHARD_BYTES", 20_000)
+    monkeypatch.setattr("palcache.embedding.works.TOKEN_SHARD_BYTES", 20_000)
     cache = embed(tmp_path / "c", tokens="responses", shard_rows=99, dtype="float32")
     space = only_space(cache, "response")
     assert len(space.shards) > 1
@@ -332,4 +332,4 @@ def test_the_commands_plan_embed_and_verify_token_states(tmp_path: Path) -> None
     assert json.loads(verified.stdout)["lowest_cosine"] > 0.998
     other = CliRunner().invoke(app, ["cache", "verify", str(cache), "--reencode", "9", *model[:2]])
     assert other.exit_code == 2
-    assert "they differ in pooling" in " ".join(other.output.split())
+    assert "the nearest differs in pooling" in " ".join(other.output.split())

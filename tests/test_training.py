@@ -343,7 +343,9 @@ def test_a_learning_rate_that_blows_up_is_named(shape: PalB, data: dict[str, Pre
 
 
 def test_a_broken_validation_loss_is_named(shape: PalB, cache: Cache, data: dict[str, PreferenceData]) -> None:
-    with pytest.raises(NumericsError, match=r"The validation loss is nan at step 6 \(epoch 0\.67\) with learning rate"):
+    with pytest.raises(
+        NumericsError, match=r"The validation loss is nan after step 6 \(epoch 1, batch 6\) with learning rate"
+    ):
         run(shape, {**data, "val": poisoned(cache, 5)}, QUICK)
 
 

@@ -15,8 +15,8 @@ from palcache.cache import Cache
 from palcache.checkpoints import TrainedHead
 from palcache.comparisons import Comparisons
 from palcache.configs import EmbedConfig, FitConfig, HeadConfig, StoredDtype
+from palcache.embedding.encoding import embed_comparisons
 from palcache.encoders import Encoder, Role, TokenizedTexts
-from palcache.encoding import embed_comparisons
 from palcache.heads import PalB
 from palcache.synthetic import PlantedComparisons, draw_population, population_comparisons
 from palcache.tensors import PreferenceData, load_preferences

@@ -27,6 +27,11 @@ def load_encoder(config: EmbedConfig) -> Encoder:
     if choose_kind(config) == "hidden":
         from palcache.encoders.hidden_states import load_hidden_states
 
+        if config.truncate_dim is not None:
+            raise InputError(
+                f"Got --truncate-dim {config.truncate_dim} for hidden states of {config.model}; it belongs to "
+                "sentence-transformers models: leave it out."
+            )
         return load_hidden_states(config)
     from palcache.encoders.sentence import load_encoder as load_sentence
 

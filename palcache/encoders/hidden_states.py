@@ -33,7 +33,7 @@ from palcache.encoders.networks import layer_number, longest_input, probe_networ
 from palcache.encoders.packed_linears import pack_linears
 from palcache.encoders.protocols import KeptTokens, Role, States, TokenizedTexts
 from palcache.encoders.templates import Templates
-from palcache.encoders.windows import pad_window, require_tokens, tokenize_window
+from palcache.encoders.windows import pad_window, require_tokens, to_device, tokenize_window
 from palcache.errors import InputError, ModelError
 
 _POOLER: Final = "pooler."
@@ -70,6 +70,10 @@ def load_hidden_states(config: EmbedConfig) -> HiddenStateEncoder:
                 first = str(error).strip().splitlines()[0][:200]
                 raise InputError(f"The model {config.model} cannot use --attn {config.attn} ({first}).") from error
             raise ModelError(why_not(config.model, place, error)) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ModelError(
+            f"The model {config.model} has no tokenizer; copy the files of its tokenizer (tokenizer.json, ...) into the folder."
+        )
     if missing := sorted(name for name in info["missing_keys"] if not name.startswith(_POOLER)):
         raise ModelError(
             f"The checkpoint of {config.model} lacks {len(missing)} weights ({missing[0]}, ...), which would be random; "
@@ -180,10 +184,10 @@ class HiddenStateEncoder:
 
     def tokenize(self, texts: Sequence[str], role: Role) -> TokenizedTexts:
         """Tokenise a window of prompts or of responses."""
-        written = [self.templates.write(text, role) for text in texts]
+        written, broken = self.templates.write_all(texts, role)
         with self._tokenizing:
             window, _ = tokenize_window(
-                self._tokenizer, written, self.limit, special_tokens=not self.templates.is_chat(role)
+                self._tokenizer, written, self.limit, special_tokens=not self.templates.is_chat(role), broken=broken
             )
         return replace(window, texts=texts)
 
@@ -198,16 +202,13 @@ class HiddenStateEncoder:
                 f"The tokenizer of {self._label} truncates on the left and would cut prompts off joint items; set "
                 "truncation_side to right in its tokenizer_config.json, or embed with --items separate."
             )
-        pairs = [self.templates.write_pair(*pair) for pair in zip(prompts, responses, strict=True)]
-        written = [text for text, _ in pairs]
+        written, ends, broken = self.templates.write_pairs(prompts, responses)
         with self._tokenizing:
             window, encodings = tokenize_window(
-                self._tokenizer, written, self.limit, special_tokens=not self.templates.is_chat("joint")
+                self._tokenizer, written, self.limit, special_tokens=not self.templates.is_chat("joint"), broken=broken
             )
-        counts = np.array(
-            [_tokens_before(encoding, end, len(text)) for encoding, (text, end) in zip(encodings, pairs, strict=True)],
-            np.uint32,
-        )
+        items = zip(encodings, written, ends, strict=True)
+        counts = np.array([_tokens_before(encoding, end, len(text)) for encoding, text, end in items], np.uint32)
         return replace(window, texts=written, prompt_tokens=np.minimum(counts, window.n_tokens))
 
     def encode(self, window: TokenizedTexts, rows: npt.NDArray[np.int64], role: Role) -> torch.Tensor:
@@ -223,21 +224,20 @@ class HiddenStateEncoder:
         padding = {"input_ids": self._pad, "token_type_ids": getattr(self._tokenizer, "pad_token_type_id", 0)}
         features = pad_window(window, rows, padding)
         states = self._states(features, self._layer)
-        lengths = torch.from_numpy(window.n_tokens[rows].astype(np.int64)).to(states.device)
+        lengths = window.n_tokens[rows].astype(np.int64)
         prompt = tokens = None
         if role == "joint" and self.causal and window.prompt_tokens is not None:
-            ends = torch.from_numpy(window.prompt_tokens[rows].astype(np.int64)).to(states.device)
-            prompt = _at(states, (ends - 1).clamp(min=0))
+            prompt = _at(states, np.maximum(window.prompt_tokens[rows].astype(np.int64) - 1, 0))
         if kept is not None:
-            first = torch.from_numpy(window.first_kept(kept)[rows]).to(states.device)
-            column = torch.arange(states.shape[1], device=states.device)
-            tokens = states[(column >= first[:, None]) & (column < lengths[:, None])].float()
+            first, column = window.first_kept(kept)[rows], np.arange(states.shape[1])
+            inside = (column >= first[:, None]) & (column < lengths[:, None])
+            tokens = _take(states, np.flatnonzero(inside))
         return States(_pool(states, lengths, self.pooling), prompt, tokens)
 
     def _states(self, features: Mapping[str, torch.Tensor], layer: int | None) -> torch.Tensor:
         """Return the states of a layer, (m, t, d) in the type of the forward pass."""
         known = {name: value for name, value in features.items() if name in self._accepts}
-        on_device = {name: value.to(self._device, non_blocking=True) for name, value in known.items()}
+        on_device = {name: to_device(value, self._device) for name, value in known.items()}
         return states_of(self._network, on_device, layer)
 
 
@@ -289,16 +289,25 @@ def _tokens_before(encoding: Any, end: int, length: int) -> int:
     return first
 
 
-def _at(states: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+def _take(states: torch.Tensor, places: npt.NDArray[np.int64]) -> torch.Tensor:
+    """Return the states at some places of a batch counted through row after row, (m, t, d), (n,) -> (n, d) float32.
+
+    The places are found on the host, where all lengths are known: a mask on the device would have to be waited for.
+    """
+    return states.flatten(0, 1).index_select(0, to_device(torch.from_numpy(places), states.device)).float()
+
+
+def _at(states: torch.Tensor, column: npt.NDArray[np.int64]) -> torch.Tensor:
     """Return one state a row, (m, t, d), (m,) -> (m, d) float32."""
-    return states[torch.arange(len(states), device=states.device), column].float()
+    return _take(states, np.arange(len(column)) * states.shape[1] + column)
 
 
-def _pool(states: torch.Tensor, lengths: torch.Tensor, pooling: Pooling) -> torch.Tensor:
+def _pool(states: torch.Tensor, lengths: npt.NDArray[np.int64], pooling: Pooling) -> torch.Tensor:
     """Return one vector a row, (m, d) float32; padding has no part in it."""
     if pooling == "cls":
         return states[:, 0].float()
     if pooling == "last":
         return _at(states, lengths - 1)
-    inside = torch.arange(states.shape[1], device=states.device) < lengths[:, None]
-    return states.float().masked_fill(~inside[:, :, None], 0.0).sum(dim=1) / lengths[:, None]
+    counts = to_device(torch.from_numpy(lengths), states.device)[:, None]
+    inside = torch.arange(states.shape[1], device=states.device) < counts
+    return states.float().masked_fill(~inside[:, :, None], 0.0).sum(dim=1) / counts

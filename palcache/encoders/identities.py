@@ -35,17 +35,28 @@ def identify(model: Any, revision: str | None = None) -> dict[str, Any]:
         revision: of a hub model, as it was asked for.
     """
     tokenizer = getattr(model, "tokenizer", None)
+    inputs = input_modules(model)
+    architectures = [_architecture_digest(getattr(module, "auto_model", None), revision) for module in inputs]
+    tokenizers = [_tokenizer_digest(getattr(module, "tokenizer", None)) for module in inputs]
     return {
         "encoder": "sentence-transformers",
         "weights": _weights_digest(model),
-        "architecture": _architecture_digest(getattr(model[0], "auto_model", None), revision),
-        "tokenizer": _tokenizer_digest(tokenizer),
+        "architecture": architectures[0] if len(inputs) == 1 else digest(architectures),
+        "tokenizer": tokenizers[0] if len(inputs) == 1 else digest(tokenizers),
         "modules": [_describe_module(module) for module in model],
         "max_tokens": model.max_seq_length,
         "truncate_dim": model.truncate_dim,
         "padding_side": getattr(tokenizer, "padding_side", None),
         "truncation_side": getattr(tokenizer, "truncation_side", None),
     }
+
+
+def input_modules(model: Any) -> list[Any]:
+    """Return the modules of a `SentenceTransformer` that read texts: the first, or the first of each way of a router."""
+    routes = getattr(model[0], "sub_modules", None)
+    if routes is None:
+        return [model[0]]
+    return list({id(way[0]): way[0] for way in routes.values()}.values())
 
 
 def identify_network(network: Any, tokenizer: Any, revision: str | None = None) -> dict[str, Any]:
@@ -121,4 +132,10 @@ def _describe_module(module: Any) -> list[Any]:
             options[name] = type(value).__name__
         elif value is not None and value != {}:
             options[name] = json.loads(json.dumps(value, default=str))
-    return [type(module).__name__, options]
+    described: list[Any] = [type(module).__name__, options]
+    routes = getattr(module, "sub_modules", None)
+    if routes is not None:  # a router: what it sends where
+        ways = {name: [_describe_module(part) for part in way] for name, way in routes.items()}
+        mappings = sorted((str(key), str(way)) for key, way in getattr(module, "route_mappings", {}).items())
+        described.append([ways, mappings, str(getattr(module, "default_route", None))])
+    return described

@@ -6,6 +6,7 @@ Texts are tokenised a window at a time and batches are cut out of the window. Th
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from palcache.configs import EmbedConfig
-from palcache.encoders.identities import commit_of, identify
+from palcache.encoders.identities import commit_of, identify, input_modules
 from palcache.encoders.loading import (
     BUNDLED,
     MINILM,
@@ -31,7 +32,7 @@ from palcache.encoders.loading import (
 )
 from palcache.encoders.packed_linears import pack_linears
 from palcache.encoders.protocols import Role, TokenizedTexts
-from palcache.encoders.windows import pad_window, require_tokens, tokenize_window
+from palcache.encoders.windows import pad_window, require_tokens, to_device, tokenize_window
 from palcache.errors import InputError, ModelError
 
 __all__ = ["BUNDLED", "MINILM", "SentenceEncoder", "load_encoder", "resolve_compute_dtype"]
@@ -43,6 +44,8 @@ PROMPT_NAMES: Final[Mapping[Role, tuple[str, ...]]] = {
 }
 _TASKS: Final[Mapping[Role, str]] = {"prompt": "query", "response": "document", "joint": "document"}
 """Names under which sentence-transformers models keep their prompts for queries and documents, in its own order."""
+_COUNTED: Final = 64
+"""Texts prepared at once to count their tokens."""
 _CHECKED_TEXTS: Final = ("Ünïcode, CAPITALS and\n  spaces\t", "word " * 64)
 """Texts beside the window's own on which our preparation of a batch must equal the model's."""
 
@@ -69,6 +72,7 @@ def load_encoder(config: EmbedConfig) -> SentenceEncoder:
                 revision=config.revision,
                 trust_remote_code=config.trust_remote_code,
                 local_files_only=Path(place).is_dir(),
+                truncate_dim=config.truncate_dim,
             )
         except Exception as error:
             raise ModelError(why_not(config.model, place, error)) from error
@@ -86,6 +90,9 @@ class SentenceEncoder:
         dtype: type of the forward pass of the transformer; pooling and what follows are float32.
         config: `max_tokens` is used.
 
+    Raises:
+        InputError: an option does not suit the model.
+
     The encoder takes the model over: it changes its type, device and limits, and speeds up its linear layers.
     """
 
@@ -99,14 +106,18 @@ class SentenceEncoder:
             if limit is not None and config.max_tokens > limit:
                 raise InputError(f"Got max_tokens = {config.max_tokens}; the model {label} reads at most {limit}.")
             model.max_seq_length = config.max_tokens
+        _require_width(model, config.truncate_dim, label)
+        for module in input_modules(model):
+            _give_pad_token(getattr(module, "tokenizer", None))
         self._commit = commit_of(getattr(model[0], "auto_model", None), config.revision)
         self._identity = identify(model, config.revision)
         self._constants: dict[Role, dict[str, Any] | None] = {}
         self._tokenizing = threading.Lock()  # a tokenizer keeps its padding and truncation in itself
         model.float()
-        model[0].to(dtype)
-        if dtype != torch.float32:
-            model[0].register_forward_hook(_to_float32)
+        for module in input_modules(model):
+            module.to(dtype)
+            if dtype != torch.float32:
+                module.register_forward_hook(_to_float32)
         model.to(device)
         if device.type == "cpu":
             pack_linears(model)
@@ -129,8 +140,7 @@ class SentenceEncoder:
     @property
     def width(self) -> int:
         """Number of values in a vector, d."""
-        get = getattr(self._model, "get_embedding_dimension", None) or self._model.get_sentence_embedding_dimension
-        return int(get())
+        return _width_of(self._model)
 
     @property
     def token_budget(self) -> int:
@@ -145,7 +155,8 @@ class SentenceEncoder:
     @property
     def equal_lengths(self) -> bool:
         """Left padding shifts positions, so a left-padding model gets batches of one length."""
-        return getattr(getattr(self._model, "tokenizer", None), "padding_side", "right") == "left"
+        tokenizers = (getattr(module, "tokenizer", None) for module in input_modules(self._model))
+        return any(getattr(tokenizer, "padding_side", "right") == "left" for tokenizer in tokenizers)
 
     def prefix(self, role: Role) -> str:
         """Return the text that the model wants before a query (prompt) or a document (response); often empty."""
@@ -170,23 +181,54 @@ class SentenceEncoder:
             self._constants[role] = self._constants_of(texts, role)
         if self._constants[role] is not None:
             return self._tokenize(texts, role)
-        none = np.zeros(len(texts), bool)
-        return TokenizedTexts(texts, self._count_tokens(texts, role), none, np.zeros(1, np.int64), {})
+        counts, errors = self._count_tokens(texts, role)
+        truncated = self._truncated(texts, role, counts)
+        return TokenizedTexts(texts, counts, truncated, np.zeros(1, np.int64), {}, errors=errors)
 
-    def _count_tokens(self, texts: Sequence[str], role: Role) -> npt.NDArray[np.uint32]:
-        """Return tokens per text by the model's own preparation; a guess where that has no attention mask."""
+    def _truncated(self, texts: Sequence[str], role: Role, counts: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
+        """Return which texts have more tokens than the model's own preparation left of them, where that is known.
+
+        Those with the most tokens alone can be: what limits a model may be an option of its own.
+        """
+        tokenizer: Any = getattr(self._route(role), "tokenizer", None)
+        prefix = self.prefix(role)
+        longest = np.flatnonzero(counts == counts.max(initial=0)).tolist()
+        found = np.zeros(len(texts), bool)
+        with contextlib.suppress(Exception):  # not a tokenizer of transformers
+            with self._tokenizing:
+                encoded = tokenizer([prefix + texts[row] for row in longest], truncation=False, padding=False)
+            found[longest] = [len(ids) > counts[row] for ids, row in zip(encoded["input_ids"], longest, strict=True)]
+        return found
+
+    def _count_tokens(self, texts: Sequence[str], role: Role) -> tuple[npt.NDArray[np.uint32], dict[int, str]]:
+        """Return tokens per text by the model's own preparation, a guess where that has no attention mask; and failures."""
         counts = np.array([max(1, len(text) // 4) for text in texts], np.uint32)
-        for start in range(0, len(texts), 64):
-            mask = self._prepare(texts[start : start + 64], role).get("attention_mask")
+        errors: dict[int, str] = {}
+        parts = [range(start, min(start + _COUNTED, len(texts))) for start in range(0, len(texts), _COUNTED)]
+        while parts:
+            part = parts.pop()
+            try:
+                mask = self._prepare(texts[part.start : part.stop], role).get("attention_mask")
+            except Exception as error:
+                if len(part) > 1:
+                    parts += [range(row, row + 1) for row in part]
+                else:
+                    counts[part.start], errors[part.start] = 0, f"{type(error).__name__}: {error}"
+                continue
             if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-                counts[start : start + 64] = mask.sum(dim=1).numpy()
-        return counts
+                counts[part.start : part.stop] = mask.sum(dim=1).numpy()
+        return counts, errors
+
+    def _route(self, role: Role) -> Any:
+        """Return the module that reads texts of a role: the first one, or the first of a router's way for the task."""
+        routes = getattr(self._model[0], "sub_modules", {})
+        return routes[_TASKS[role]][0] if _TASKS[role] in routes else self._model[0]
 
     def _tokenize(self, texts: Sequence[str], role: Role) -> TokenizedTexts:
-        prefix, limit = self.prefix(role), self._model.max_seq_length
+        prefix, route = self.prefix(role), self._route(role)
         prefixed = [prefix + text for text in texts] if prefix else list(texts)
         with self._tokenizing:
-            window, _ = tokenize_window(self._model.tokenizer, prefixed, limit)
+            window, _ = tokenize_window(route.tokenizer, prefixed, getattr(route, "max_seq_length", None))
         return replace(window, texts=texts)
 
     def _constants_of(self, texts: Sequence[str], role: Role) -> dict[str, Any] | None:
@@ -195,14 +237,16 @@ class SentenceEncoder:
         They can where that gives exactly the model's own preparation of the window's extreme texts, of odd ones, and of
         one beyond the limit.
         """
-        tokenizer: Any = getattr(self._model, "tokenizer", None)
+        tokenizer: Any = getattr(self._route(role), "tokenizer", None)
         if not getattr(tokenizer, "is_fast", False) or tokenizer.pad_token_id is None:
             return None
-        lengths = self._tokenize(texts, role).n_tokens
-        extreme = np.unique([0, len(texts) - 1, int(lengths.argmax()), int(lengths.argmin())])
+        window = self._tokenize(texts, role)
+        sound = np.setdiff1d(np.arange(len(texts)), list(window.errors))
+        lengths = window.n_tokens[sound]
+        extreme = sound[np.unique([0, -1, lengths.argmax(), lengths.argmin()])] if len(sound) else sound
         checked = [texts[row] for row in extreme] + [*_CHECKED_TEXTS, "word " * ((self._model.max_seq_length or 0) + 1)]
         theirs = self._prepare(checked, role)
-        ours = self._cut(self._tokenize(checked, role), np.arange(len(checked)))
+        ours = self._cut(self._tokenize(checked, role), np.arange(len(checked)), role)
         tensors = {name: value for name, value in theirs.items() if isinstance(value, torch.Tensor)}
         constants = {name: value for name, value in theirs.items() if name not in tensors}
         if ours.keys() != tensors.keys() or any(not torch.equal(ours[name], tensors[name]) for name in tensors):
@@ -217,9 +261,9 @@ class SentenceEncoder:
             features: dict[str, Any] = self._model.preprocess(list(texts), prompt=prefix or None, task=_TASKS[role])
         return features
 
-    def _cut(self, window: TokenizedTexts, rows: npt.NDArray[np.int64]) -> dict[str, torch.Tensor]:
+    def _cut(self, window: TokenizedTexts, rows: npt.NDArray[np.int64], role: Role) -> dict[str, torch.Tensor]:
         """Return the padded features of some rows of a window."""
-        tokenizer = self._model.tokenizer
+        tokenizer = self._route(role).tokenizer
         padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
         return pad_window(window, rows, padding, left=tokenizer.padding_side == "left")
 
@@ -229,11 +273,11 @@ class SentenceEncoder:
         require_tokens(window, rows)
         constants = self._constants[role]
         if constants is not None:
-            features: dict[str, Any] = {**constants, **self._cut(window, rows)}
+            features: dict[str, Any] = {**constants, **self._cut(window, rows, role)}
         else:
             features = self._prepare([window.texts[row] for row in rows], role)
         on_device = {
-            name: _move(value, self._device) if isinstance(value, torch.Tensor) else value
+            name: to_device(value, self._device) if isinstance(value, torch.Tensor) else value
             for name, value in features.items()
         }
         vectors: torch.Tensor = self._model(on_device, task=_TASKS[role])["sentence_embedding"]
@@ -241,11 +285,28 @@ class SentenceEncoder:
         return (vectors if dim is None else vectors[:, :dim]).float()
 
 
-def _move(value: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a tensor on a device; only a copy from pinned memory leaves the CPU free meanwhile."""
-    if device.type != "cuda":
-        return value.to(device)
-    return value.pin_memory().to(device, non_blocking=True)
+def _require_width(model: Any, truncate_dim: int | None, label: str) -> None:
+    """Refuse to keep more values than there are.
+
+    Raises:
+        InputError: the model gives fewer.
+    """
+    before, model.truncate_dim = model.truncate_dim, None
+    width = _width_of(model)
+    model.truncate_dim = before
+    if truncate_dim is not None and truncate_dim > width:
+        raise InputError(f"Got truncate_dim = {truncate_dim}; the vectors of {label} have {width} values.")
+
+
+def _width_of(model: Any) -> int:
+    get = getattr(model, "get_embedding_dimension", None) or model.get_sentence_embedding_dimension
+    return int(get())
+
+
+def _give_pad_token(tokenizer: Any) -> None:
+    """Let a tokenizer without a pad token fill batches with its end of text, or its first token; the mask hides it."""
+    if getattr(tokenizer, "pad_token_id", 0) is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
 
 
 def _to_float32(_module: Any, _inputs: Any, output: Any) -> Any:

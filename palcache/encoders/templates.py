@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
 from palcache.configs import EmbedConfig
 from palcache.encoders.protocols import Role
-from palcache.errors import InputError
+from palcache.errors import InputError, PalcacheError
 
 
 @final
@@ -70,6 +71,21 @@ class Templates:
             )
         return whole, len(asked)
 
+    def write_all(self, texts: Sequence[str], role: Role) -> tuple[list[str], dict[int, str]]:
+        """Return prompts or responses as the model reads them, and by row why the chat template refused some."""
+        written, _, broken = _each(lambda row: (self.write(texts[row], role), 0), len(texts))
+        return written, broken
+
+    def write_pairs(
+        self, prompts: Sequence[str], responses: Sequence[str]
+    ) -> tuple[list[str], list[int], dict[int, str]]:
+        """Return joint items as the model reads them, the prompts' ends, and by row why the chat template refused some.
+
+        Raises:
+            InputError: the chat template does not begin the answer as it begins the opening of an answer.
+        """
+        return _each(lambda row: self.write_pair(prompts[row], responses[row]), len(prompts))
+
     def _chat(self, turns: list[dict[str, str]], *, opening: bool) -> str:
         text: str = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opening)
         return text
@@ -80,3 +96,16 @@ class Templates:
             template = self.tokenizer.chat_template
             return ["chat", template if isinstance(template, str) else str(template)]
         return {"prompt": self.prompt, "response": self.response, "joint": self.prompt + self.response}[role]
+
+
+def _each(write: Callable[[int], tuple[str, int]], count: int) -> tuple[list[str], list[int], dict[int, str]]:
+    """Return what is written for each row, the second value that goes with it, and what went wrong by row."""
+    written, seconds, broken = [""] * count, [0] * count, dict[int, str]()
+    for row in range(count):
+        try:
+            written[row], seconds[row] = write(row)
+        except PalcacheError:
+            raise
+        except Exception as error:  # templates are programs of their authors, and refuse in their own ways
+            broken[row] = f"chat template: {type(error).__name__}: {error}"
+    return written, seconds, broken

@@ -20,7 +20,12 @@ class UnreadableTextError(ValueError):
 
 
 def tokenize_window(
-    tokenizer: Any, texts: Sequence[str], limit: int | None, *, special_tokens: bool = True
+    tokenizer: Any,
+    texts: Sequence[str],
+    limit: int | None,
+    *,
+    special_tokens: bool = True,
+    broken: Mapping[int, str] | None = None,
 ) -> tuple[TokenizedTexts, list[Any]]:
     """Return a window of texts, and the tokenizer's own encoding of each; a text that breaks it has no tokens.
 
@@ -29,6 +34,7 @@ def tokenize_window(
         texts: N texts.
         limit: tokens per text, at most; special tokens included.
         special_tokens: add those that the model wants; False where a chat template has written them.
+        broken: rows that are known to have no tokens, and why.
     """
     options = {
         "padding": False,
@@ -36,11 +42,12 @@ def tokenize_window(
         "max_length": limit,
         "add_special_tokens": special_tokens,
     }
-    errors: dict[int, str] = {}
+    errors = dict(broken or {})
     try:
         encoded = tokenizer(list(texts), **options)
     except Exception:
-        texts, errors = _without_broken(tokenizer, texts, options)
+        texts, found = _without_broken(tokenizer, texts, options)
+        errors = found | errors
         encoded = tokenizer(list(texts), **options)
     encodings: list[Any] = encoded.encodings
     lengths = np.fromiter((len(row) for row in encoded["input_ids"]), np.int64, len(texts))
@@ -78,6 +85,16 @@ def require_tokens(window: TokenizedTexts, rows: Rows) -> None:
     for row in rows[window.n_tokens[rows] == 0].tolist():
         said = window.errors.get(row)
         raise UnreadableTextError(f"the tokenizer failed on the text ({said})" if said else "the text has no tokens")
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor on a device; to CUDA it goes from pinned memory, as only then the CPU need not wait for the device.
+
+    The memory is not used again before the copy has ended: PyTorch's allocator of pinned memory sees to it.
+    """
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def row_tokens(window: TokenizedTexts, rows: Rows, first: Rows | None = None) -> tuple[Rows, Rows]:

@@ -6,7 +6,7 @@ from palcache.heads.pal_a import PalA
 from palcache.heads.pal_b import PalB
 from palcache.heads.projectors import Parameters, Projector
 from palcache.heads.protocols import Head, IdealPointHead, SolvedHead, parameter_count
-from palcache.heads.scores import scale
+from palcache.heads.scores import scale, unit
 from palcache.heads.solved import PerUser, PrincipalDirections
 
 __all__ = [
@@ -28,4 +28,5 @@ __all__ = [
     "head_to_dict",
     "parameter_count",
     "scale",
+    "unit",
 ]

@@ -12,7 +12,6 @@ from palcache.heads.projectors import Parameters, Projector
 from palcache.heads.scores import lookup, margins, prepare, rewards, scale
 from palcache.noises import Noise, RowNoise, Site
 from palcache.tensors import PairBatch
-from palcache.token_batches import TokenBatch
 
 
 def project(
@@ -23,27 +22,25 @@ def project(
     noise: RowNoise | None = None,
     updates: Parameters | None = None,
 ) -> torch.Tensor:
-    """Return a projector's image of rows or of positions, (..., d) -> (..., p) or (copies, ..., p).
+    """Return a projector's image of rows, (m, d) -> (m, p) or (copies, m, p).
 
     Its parameters stand under `prefix`; running statistics go on from those in `updates`, so that several calls in one
     pass follow each other.
     """
     own = part(parameters, prefix)
-    rows = x.reshape(-1, x.shape[-1]) if x.dim() > 2 else x
     if updates is None or not projector.batchnorm:
-        out = projector(own, rows, noise)
-    else:
-        found: Parameters = {}
-        out = projector({**own, **part(updates, prefix)}, rows, noise, found)
-        updates.update({prefix + name: value for name, value in found.items()})
-    return out if x.dim() <= 2 else out.reshape(*out.shape[:-2], *x.shape[:-1], projector.p)
+        return projector(own, x, noise)
+    found: Parameters = {}
+    out = projector({**own, **part(updates, prefix)}, x, noise, found)
+    updates.update({prefix + name: value for name, value in found.items()})
+    return out
 
 
 def row_noise(noise: Noise | None, site: Site, x: torch.Tensor, names: torch.Tensor | None) -> RowNoise | None:
-    """Return the noise of rows or positions x, (..., d); without names they are counted."""
+    """Return the noise of rows x, (m, d); without names they are counted."""
     if noise is None:
         return None
-    return noise.at(site, torch.arange(x.numel() // x.shape[-1], device=x.device) if names is None else names)
+    return noise.at(site, torch.arange(len(x), device=x.device) if names is None else names)
 
 
 def part(parameters: Mapping[str, torch.Tensor], prefix: str) -> Parameters:
@@ -55,27 +52,25 @@ def project_items(
     projector: Projector,
     score: Score,
     parameters: Mapping[str, torch.Tensor],
-    batch: PairBatch | TokenBatch,
+    batch: PairBatch,
     noise: Noise | None,
     updates: Parameters | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return both items of each comparison as the score compares them, (n, p) or (n, t, p).
+    """Return both items of each pair of rows as the score compares them, (n, p), or (m, p) with several a comparison.
 
     Distinct rows are projected once, except where a batchnorm takes its statistics from them: then all left rows are,
     and after them all right rows, as published.
     """
 
-    def image(x: torch.Tensor, names: torch.Tensor | None = None, site: Site = "items") -> torch.Tensor:
-        return prepare(score, project(projector, "f.", parameters, x, row_noise(noise, site, x, names), updates))
+    def image(x: torch.Tensor, names: torch.Tensor | None) -> torch.Tensor:
+        return prepare(score, project(projector, "f.", parameters, x, row_noise(noise, "items", x, names), updates))
 
-    if isinstance(batch, TokenBatch):
-        return image(batch.left), image(batch.right, site="right items")
+    names = batch.response_names
     if projector.batchnorm and updates is not None:
-        names = batch.response_names
         sides = [(at, at if names is None else names[at]) for at in (batch.response_1, batch.response_2)]
         left, right = (image(batch.responses[at], named) for at, named in sides)
         return left, right
-    items = image(batch.responses, batch.response_names)
+    items = image(batch.responses, names)
     return lookup(items, batch.response_1), lookup(items, batch.response_2)
 
 
@@ -93,6 +88,13 @@ def batch_mixtures(
         own = lookup(logits, user)
         return mix(kind, own, temperature, training=training, noise=row_noise(noise, "mixtures", own, None))
     return lookup(mix(kind, logits, temperature, training=training), user)
+
+
+def per_pair(values: torch.Tensor, batch: PairBatch) -> torch.Tensor:
+    """Return values of each pair of rows, (m, ...), where they are of each comparison, (n, ...)."""
+    if batch.comparison is None or len(values) == len(batch.comparison):
+        return values
+    return lookup(values, batch.comparison)
 
 
 def compare(

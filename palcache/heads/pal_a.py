@@ -21,13 +21,20 @@ import torch
 
 from palcache.choices import LOSS_OF, Loss, Mixture, Score, Start, UserForm
 from palcache.configs import HeadConfig
-from palcache.heads.ideal_points import batch_mixtures, both_rewards, compare, project, project_items, row_noise
+from palcache.heads.ideal_points import (
+    batch_mixtures,
+    both_rewards,
+    compare,
+    per_pair,
+    project,
+    project_items,
+    row_noise,
+)
 from palcache.heads.mixtures import mix
 from palcache.heads.projectors import Parameters, Projector
 from palcache.heads.scores import SCALED, initial_scale, unit
-from palcache.noises import Noise
+from palcache.noises import Noise, RowNoise
 from palcache.tensors import PairBatch
-from palcache.token_batches import TokenBatch
 
 SPREAD: Final = 0.1
 """Size of the prototypes' initial differences, as a share of an ordinary initialisation."""
@@ -129,6 +136,16 @@ class PalA:
         """Return every user's mixture in evaluation, (u, k)."""
         return mix(self.mixture, parameters["user.logits"], self.temperature)
 
+    def project_responses(
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        x: torch.Tensor,
+        noise: RowNoise | None = None,
+        updates: Parameters | None = None,
+    ) -> torch.Tensor:
+        """Return f of vectors of prompt and response together, (..., d) -> (..., p)."""
+        return project(self.items, "f.", parameters, x, noise, updates)
+
     def ideal_points(
         self,
         parameters: Mapping[str, torch.Tensor],
@@ -156,7 +173,7 @@ class PalA:
         noise: Noise | None = None,
         updates: Parameters | None = None,
     ) -> torch.Tensor:
-        """Return r(response_2) - r(response_1), (n,); positive predicts y = +1.
+        """Return r(response_2) - r(response_1), (n,), or (m,); positive predicts y = +1.
 
         Args:
             parameters: as `initial` draws them.
@@ -165,38 +182,41 @@ class PalA:
             noise: dropout and Gumbel noise of a training step; None in evaluation.
             updates: receives new running statistics in training; None in evaluation.
         """
-        points = self.points(parameters, batch, mixtures=mixtures, noise=noise, updates=updates)
-        return self.compare(parameters, *points)
+        left, right, ideal = self.points(parameters, batch, mixtures=mixtures, noise=noise, updates=updates)
+        return self.compare(parameters, left, right, per_pair(ideal, batch))
 
-    def token_scores(
+    def rewards(
         self,
         parameters: Mapping[str, torch.Tensor],
-        batch: TokenBatch,
+        batch: PairBatch,
         *,
         mixtures: torch.Tensor | None = None,
         noise: Noise | None = None,
         updates: Parameters | None = None,
     ) -> torch.Tensor:
-        """Return r(response_1) and r(response_2) at every position, (n, t, 2); arguments as for `margins`."""
-        points = self.points(parameters, batch, mixtures=mixtures, noise=noise, updates=updates)
-        return both_rewards(self.score, parameters, *points)
+        """Return r(response_1) and r(response_2), (n, 2), or (m, 2); arguments as for `margins`."""
+        left, right, ideal = self.points(parameters, batch, mixtures=mixtures, noise=noise, updates=updates)
+        return both_rewards(self.score, parameters, left, right, per_pair(ideal, batch))
 
     def points(
         self,
         parameters: Mapping[str, torch.Tensor],
-        batch: PairBatch | TokenBatch,
+        batch: PairBatch,
         *,
         mixtures: torch.Tensor | None = None,
         noise: Noise | None = None,
         updates: Parameters | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return items as the score compares them, left and right, and ideal points as they are, (..., p) each."""
+        """Return items as the score compares them, left and right, and ideal points as they are, (n, p) each.
+
+        Of comparisons with several pairs of rows, items are (m, p), and ideal points too where each pair has a prompt row
+        of its own.
+        """
         if mixtures is None:
             logits = parameters["user.logits"]
             mixtures = batch_mixtures(self.mixture, logits, batch.user, self.temperature, noise, updates)
         left, right = project_items(self.items, self.score, parameters, batch, noise, updates)
-        ideal = self.ideal_points(parameters, mixtures, noise, updates)
-        return left, right, ideal.unsqueeze(1) if isinstance(batch, TokenBatch) else ideal
+        return left, right, self.ideal_points(parameters, mixtures, noise, updates)
 
     def compare(
         self,

@@ -16,13 +16,20 @@ import torch.nn.functional as F
 
 from palcache.choices import LOSS_OF, Loss, Mixture, Score, Start
 from palcache.configs import HeadConfig
-from palcache.heads.ideal_points import batch_mixtures, both_rewards, compare, project, project_items, row_noise
+from palcache.heads.ideal_points import (
+    batch_mixtures,
+    both_rewards,
+    compare,
+    per_pair,
+    project,
+    project_items,
+    row_noise,
+)
 from palcache.heads.mixtures import mix
 from palcache.heads.projectors import Parameters, Projector
 from palcache.heads.scores import SCALED, initial_scale
 from palcache.noises import Noise, RowNoise
 from palcache.tensors import PairBatch
-from palcache.token_batches import TokenBatch
 
 SPREAD: Final = 0.1
 """Size of the prototypes' initial differences, as a share of an ordinary initialisation."""
@@ -126,7 +133,7 @@ class PalB:
         noise: RowNoise | None = None,
         updates: Parameters | None = None,
     ) -> torch.Tensor:
-        """Return f of response vectors, (..., d) -> (..., p)."""
+        """Return f of response vectors, (m, d) -> (m, p)."""
         return project(self.items, "f.", parameters, x, noise, updates)
 
     def project_prompts(
@@ -136,7 +143,7 @@ class PalB:
         noise: RowNoise | None = None,
         updates: Parameters | None = None,
     ) -> torch.Tensor:
-        """Return g_1 ... g_k of prompt vectors, (..., d) -> (k, ..., p)."""
+        """Return g_1 ... g_k of prompt vectors, (m, d) -> (k, m, p)."""
         return project(self.prototypes, "g.", parameters, x, noise, updates)
 
     def margins(
@@ -148,7 +155,7 @@ class PalB:
         noise: Noise | None = None,
         updates: Parameters | None = None,
     ) -> torch.Tensor:
-        """Return r(response_2) - r(response_1), (n,); positive predicts y = +1.
+        """Return r(response_2) - r(response_1), (n,), or (m,); positive predicts y = +1.
 
         Args:
             parameters: as `initial` draws them.
@@ -157,44 +164,43 @@ class PalB:
             noise: dropout and Gumbel noise of a training step; None in evaluation.
             updates: receives new running statistics in training; None in evaluation.
         """
-        points = self.points(parameters, batch, mixtures=mixtures, noise=noise, updates=updates)
-        return self.compare(parameters, *points)
+        left, right, ideal = self.points(parameters, batch, mixtures=mixtures, noise=noise, updates=updates)
+        return self.compare(parameters, left, right, per_pair(ideal, batch))
 
-    def token_scores(
+    def rewards(
         self,
         parameters: Mapping[str, torch.Tensor],
-        batch: TokenBatch,
+        batch: PairBatch,
         *,
         mixtures: torch.Tensor | None = None,
         noise: Noise | None = None,
         updates: Parameters | None = None,
     ) -> torch.Tensor:
-        """Return r(response_1) and r(response_2) at every position, (n, t, 2); arguments as for `margins`."""
-        points = self.points(parameters, batch, mixtures=mixtures, noise=noise, updates=updates)
-        return both_rewards(self.score, parameters, *points)
+        """Return r(response_1) and r(response_2), (n, 2), or (m, 2); arguments as for `margins`."""
+        left, right, ideal = self.points(parameters, batch, mixtures=mixtures, noise=noise, updates=updates)
+        return both_rewards(self.score, parameters, left, right, per_pair(ideal, batch))
 
     def points(
         self,
         parameters: Mapping[str, torch.Tensor],
-        batch: PairBatch | TokenBatch,
+        batch: PairBatch,
         *,
         mixtures: torch.Tensor | None = None,
         noise: Noise | None = None,
         updates: Parameters | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return items as the score compares them, left and right, and ideal points as they are, (..., p) each."""
+        """Return items as the score compares them, left and right, and ideal points as they are, (n, p) each.
+
+        Of comparisons with several pairs of rows, items are (m, p), and ideal points too where each pair has a prompt row
+        of its own.
+        """
         if mixtures is None:
             logits = parameters["user.logits"]
             mixtures = batch_mixtures(self.mixture, logits, batch.user, self.temperature, noise, updates)
         left, right = project_items(self.items, self.score, parameters, batch, noise, updates)
-        prompts = batch.prompts
-        if isinstance(batch, TokenBatch):
-            drawn = row_noise(noise, "prototypes", prompts, None)
-            prototypes = self.project_prompts(parameters, prompts, drawn, updates)
-            weights = mixtures.T.reshape(self.k, -1, *[1] * (prompts.dim() - 1))
-            ideal = (prototypes * weights).sum(0)
-            return left, right, ideal if prompts.dim() > 2 else ideal.unsqueeze(1)
-        prompt, names = batch.prompt, batch.prompt_names
+        prompts, prompt, names = batch.prompts, batch.prompt, batch.prompt_names
+        if len(prompt) != len(mixtures):
+            mixtures = per_pair(mixtures, batch)
         if self.prototypes.batchnorm and updates is not None:  # statistics of the comparisons, not of distinct prompts
             prompts, names = prompts[prompt], prompt if names is None else names[prompt]
             prompt = torch.arange(len(prompt), device=prompts.device)
@@ -213,7 +219,7 @@ class PalB:
         return compare(self.score, parameters, left, right, ideal)
 
     def ideal_points(self, prototypes: torch.Tensor, prompt: torch.Tensor, mixtures: torch.Tensor) -> torch.Tensor:
-        """Return a_u(prompt) per comparison, (n, p).
+        """Return a_u(prompt) per comparison, (n, p), or per pair of rows.
 
         Args:
             prototypes: g_j of the distinct prompts, (k, P, p).

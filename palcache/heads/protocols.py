@@ -11,7 +11,6 @@ from palcache.choices import Loss
 from palcache.heads.projectors import Parameters, is_buffer
 from palcache.noises import Noise
 from palcache.tensors import PairBatch, PreferenceData
-from palcache.token_batches import TokenBatch
 
 Group = Literal["projectors", "users", "prototypes", "scale"]
 """Parameters that share a learning rate."""
@@ -74,29 +73,33 @@ class Head(Protocol):
 
 @runtime_checkable
 class IdealPointHead(Head, Protocol):
-    """A head whose reward compares items with a user's ideal point, on pooled vectors and at every token."""
+    """A head whose reward compares items with a user's ideal point: on pooled vectors, or at every token of a span."""
 
-    def token_scores(
+    def rewards(
         self,
         parameters: Mapping[str, torch.Tensor],
-        batch: TokenBatch,
+        batch: PairBatch,
         *,
         mixtures: torch.Tensor | None = None,
         noise: Noise | None = None,
         updates: Parameters | None = None,
     ) -> torch.Tensor:
-        """Return r(response_1) and r(response_2) at every position, (n, t, 2)."""
+        """Return r(response_1) and r(response_2), (n, 2), or (m, 2) of several pairs of rows a comparison."""
 
     def points(
         self,
         parameters: Mapping[str, torch.Tensor],
-        batch: PairBatch | TokenBatch,
+        batch: PairBatch,
         *,
         mixtures: torch.Tensor | None = None,
         noise: Noise | None = None,
         updates: Parameters | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return items as the score compares them, left and right, and ideal points as they are, (..., p) each."""
+        """Return items as the score compares them, left and right, and ideal points as they are, (n, p) each.
+
+        Of comparisons with several pairs of rows, items are (m, p), and ideal points too where each pair has a prompt row
+        of its own; `palcache.heads.ideal_points.per_pair` gives each pair one.
+        """
 
     def compare(
         self,

@@ -1,4 +1,4 @@
-"""Sweeps of the published experiments, as TOML files beside this module, in the form of `palcache.grids`."""
+"""Sweeps of the published experiments, as TOML files beside this module, in the form of `palcache.sweeps.grids`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import tomllib
 from importlib import resources
 
 from palcache.errors import InputError
-from palcache.grids import Grid, grid_of
+from palcache.sweeps.grids import Grid, grid_of
 
 
 def recipe_names() -> list[str]:

@@ -120,4 +120,4 @@ def test_another_model_is_refused_for_encoding_again(invoke: Invoke, tmp_path: P
     make_cache(tmp_path / "cache", *planted_rows(per_user=3))
     result = invoke("cache", "verify", tmp_path / "cache", "--reencode", 2)
     assert result.exit_code == 2
-    assert "name the right one with --model" in result.stderr
+    assert "name the model, and the options that palcache embed had" in result.stderr

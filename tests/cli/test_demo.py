@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from palcache.runs import load_run
+from palcache.runs.trainings import load_run
 from tests.cli.conftest import Invoke
 
 pytestmark = pytest.mark.usefixtures("sample_cache")  # skips where the bundled model is missing
@@ -35,7 +35,7 @@ def test_json_is_one_object(
     """The model is not run again: the demo finds the sample's vectors in its cache."""
     (tmp_path / "demo").mkdir()
     monkeypatch.setattr(
-        "palcache.stages.embed_tables", lambda *_args, **_options: _summary(sample_cache, tmp_path / "demo")
+        "palcache.embedding.stages.embed_tables", lambda *_args, **_options: _summary(sample_cache, tmp_path / "demo")
     )
     result = invoke("demo", "--out", tmp_path / "demo", "--json")
     assert result.exit_code == 0, result.stderr
@@ -45,7 +45,7 @@ def test_json_is_one_object(
 
 
 def _summary(cache: Path, out: Path) -> object:
-    from palcache.encoding import EmbedSummary
+    from palcache.embedding.encoding import EmbedSummary
 
     (out / "cache").symlink_to(cache)
     return EmbedSummary(references=1, encoded=1, seconds={"total": 0.0})

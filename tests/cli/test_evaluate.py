@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from palcache.configs import FitConfig, HeadConfig
-from palcache.runs import RunResult, train_run
+from palcache.runs.trainings import RunResult, train_run
 from tests.cli.conftest import Invoke
 from tests.worlds import KnownVectors, make_cache, planted_rows
 

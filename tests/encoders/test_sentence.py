@@ -18,8 +18,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from palcache.batching import plan_batches
 from palcache.configs import EmbedConfig
+from palcache.embedding.batching import plan_batches
 from palcache.encoders import Encoder, Role, loading
 from palcache.encoders.sentence import SentenceEncoder, load_encoder, resolve_compute_dtype
 from palcache.errors import InputError, ModelError
@@ -135,6 +135,7 @@ def test_models_that_cannot_be_cut_are_prepared_batch_by_batch(models: dict[str,
     window = fallback.tokenize(TEXTS, role)
     assert window.features == {}
     assert window.n_tokens.tolist() == counts.tolist()
+    assert window.truncated.tolist() == encoder.tokenize(TEXTS, role).truncated.tolist()
     np.testing.assert_allclose(encode(fallback, role, 60), theirs(models[name], role), rtol=0, atol=1e-5)
 
 

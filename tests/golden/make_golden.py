@@ -13,7 +13,7 @@ from pathlib import Path
 from palcache.cache import VERSION, Cache
 from palcache.comparisons import Comparisons
 from palcache.configs import EmbedConfig, StoredDtype
-from palcache.encoding import embed_comparisons
+from palcache.embedding.encoding import embed_comparisons
 from tests.stubs import StubEncoder
 
 HERE = Path(__file__).parent

@@ -107,24 +107,26 @@ def test_heads_stack_on_a_leading_axis(head: Head) -> None:
             torch.testing.assert_close(updates[name][i], value)
 
 
+@pytest.mark.parametrize("aligned", [False, True])
 @pytest.mark.parametrize("name", [name for name in HEADS if name.startswith("pal")])
-def test_token_scores_stack_and_agree_with_pooled_ones(name: str) -> None:
-    head, data = build(name, users=4), make_token_data()
+def test_rewards_of_tokens_stack_and_agree_with_those_of_pairs(name: str, aligned: bool) -> None:
+    """Each position of a span is scored as a comparison of its two states and its prompt would be."""
+    head, data = build(name, users=4), make_token_data(aligned=aligned)
     assert isinstance(head, IdealPointHead)
     parameters, batch = head.initial(generator(2)), all_tokens(data)
-    scores = head.token_scores(parameters, batch)
-    n, t, _ = batch.left.shape
-    assert scores.shape == (n, t, 2)
-    at = t - 1
-    pairs = make_data(n, 4)
-    pooled = dataclasses.replace(
-        all_pairs(pairs), prompts=batch.prompts, prompt=torch.arange(n), response_1=torch.arange(n),
-        responses=torch.cat([batch.left[:, at], batch.right[:, at]]), response_2=torch.arange(n) + n, user=batch.user,
+    scores, pairs = head.rewards(parameters, batch.pairs), batch.pairs
+    assert pairs.comparison is not None
+    assert scores.shape == (len(pairs.comparison), 2)
+    each = dataclasses.replace(
+        pairs, user=pairs.user[pairs.comparison], y=pairs.y[pairs.comparison], comparison=None,
+        prompt=pairs.prompt if aligned else pairs.prompt[pairs.comparison],
     )  # fmt: skip
-    margins = head.margins(parameters, pooled)
-    torch.testing.assert_close(scores[:, at, 1] - scores[:, at, 0], margins, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(head.rewards(parameters, each), scores)
+    margins = head.margins(parameters, pairs)
+    torch.testing.assert_close(scores[:, 1] - scores[:, 0], margins, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(head.margins(parameters, each), margins)
     stacked = {name: torch.stack([value, value]) for name, value in parameters.items()}
-    both = torch.func.vmap(lambda p: head.token_scores(p, batch))(stacked)
+    both = torch.func.vmap(lambda p: head.rewards(p, pairs))(stacked)
     torch.testing.assert_close(both[1], scores)
 
 

@@ -1,0 +1,1 @@
+"""A cache over the years: verified, repaired, compacted, merged, exported, filled from elsewhere."""

@@ -1,0 +1,1 @@
+"""The published implementation: its checkpoint layout, and rewards from token ids."""

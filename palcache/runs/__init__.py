@@ -1,0 +1,1 @@
+"""Run folders: trained, evaluated, read back, and users added to them."""

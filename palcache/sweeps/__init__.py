@@ -1,0 +1,1 @@
+"""Many heads on one table: grids, plans, stacks trained together, folders of runs."""

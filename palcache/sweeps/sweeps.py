@@ -1,0 +1,329 @@
+"""Many heads on one table at once: a folder of runs, a table of results, resumable.
+
+```
+SWEEP/
+  sweep.json      the table and the spaces that all heads are trained on, and every head asked for so far
+  runs/<name>/    a run folder per head, as `train-head` leaves it but for the picture
+  results.csv     one line per head, yardsticks beside it; no wall times: the same heads give the same table
+```
+
+Heads of one kind train as stacks. A head that is complete is not trained again, so a killed sweep goes on, and a grid
+with more values trains what is new. A user-blind yardstick is trained once for all heads that it stands beside.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, final
+
+import torch
+
+from palcache.cache import Cache
+from palcache.checkpoints import TrainedHead, load_head
+from palcache.configs import FitConfig, HeadConfig, UnknownUsers
+from palcache.devices import parse_devices, resolve_device
+from palcache.errors import InputError, PalcacheError
+from palcache.fits import Course, FitResult
+from palcache.heads import Parameters, blind_config, build_head
+from palcache.objectives import TrainingData
+from palcache.runs.folders import RunResult, begin_run, finish_run, is_complete, load_run
+from palcache.runs.inputs import RunSplit, load_splits, load_vectors, resplit
+from palcache.runs.trainings import is_blind
+from palcache.stacks import Member, StackProgress
+from palcache.storage.comparison_files import StoredComparisons
+from palcache.sweeps.folders import SweepHead, SweepResult, Trial, open_sweep, write_results
+from palcache.sweeps.grids import Grid
+from palcache.sweeps.plans import fit_members, plan_stacks
+from palcache.tensors import PreferenceData
+from palcache.token_batches import TokenData
+
+__all__ = ["SweepHead", "SweepProgress", "SweepResult", "run_sweep"]
+
+_DEFAULT: Final = FitConfig()
+_Source = tuple[int | None, bool, str | None]
+"""Seed of the split, whether items are joint, and of token states what they are aligned with."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class SweepProgress:
+    """What a sweep reports now and then.
+
+    Attributes:
+        done: heads that are complete.
+        heads: in all.
+        share: of the steps of all trainings, yardsticks included.
+    """
+
+    done: int
+    heads: int
+    share: float
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    """One training: of a head, of a yardstick, or of both at once."""
+
+    head: HeadConfig
+    fit: FitConfig
+    split_seed: int | None
+
+    @classmethod
+    def of(cls, trial: Trial) -> _Fit:
+        """Return the training of a head; what one prototype has no use for is left out."""
+        head, fit = trial.head, trial.fit
+        if head.k == 1 and head.head in {"pal-a", "pal-b"}:
+            head = replace(head, mixture="softmax", temperature=1.0)
+            fit = replace(fit, lr_users=_DEFAULT.lr_users)
+        return cls(head, fit, trial.split_seed)
+
+    def member(self, train: TrainingData) -> Member:
+        """Return it as a member of a stack."""
+        return Member(build_head(self.head, d=train.width, users=len(train.users)), self.fit)
+
+
+def run_sweep(  # noqa: PLR0913 - keyword-only options
+    cache: Cache,
+    path: Path,
+    grid: Grid,
+    *,
+    comparisons: str | None = None,
+    space: str | None = None,
+    device: str = "auto",
+    jobs: int | None = None,
+    unknown_users: UnknownUsers = "refuse",
+    on_progress: Callable[[SweepProgress], None] | None = None,
+) -> SweepResult:
+    """Train every head of a grid that is not trained yet, and return all heads of the sweep.
+
+    Each head's losses and metrics equal those of `train_run` with its options up to the rounding of float32. A head whose
+    options cannot work or whose loss breaks is reported in its place, and the others go on.
+
+    Args:
+        cache: the cache.
+        path: the sweep's folder, new or of an earlier call on the same table.
+        grid: the heads.
+        comparisons: name of the table; a cache with one table needs none.
+        space: which encoder's vectors, where the table has several.
+        device: `auto`, `cpu`, `cuda`, `mps`, or several: `cuda:0,cuda:1`.
+        jobs: stacks that are trained side by side; by default one per device, on a CPU one per thread.
+        unknown_users: what to do with users who have no training comparison.
+        on_progress: called after each evaluation of a stack and each head, from any thread.
+
+    Raises:
+        InputError: the folder is something else, the table has an empty split, or one user alone.
+        MismatchError: the sweep was made on another table, other vectors or another state of them.
+    """
+    stored = cache.comparisons(comparisons)
+    trials = open_sweep(cache, path, grid, stored, space=space, unknown_users=unknown_users)
+    devices = parse_devices(device) if "," in device else [str(resolve_device(device))]
+    if jobs is not None and jobs < 1:
+        raise InputError(f"Got jobs = {jobs}; expected at least 1.")
+    if jobs is None:
+        jobs = torch.get_num_threads() if devices == ["cpu"] else len(devices)
+    sweep = _Sweep(cache, stored, trials, unknown_users, on_progress)
+    sweep.train(devices, jobs)
+    return write_results(path, [sweep.head(trial) for trial in trials])
+
+
+class _Stopped(Exception):  # noqa: N818 - nothing went wrong
+    """The sweep is being stopped."""
+
+
+@final
+class _Sweep:
+    """What the jobs of a sweep share, behind one lock."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        stored: StoredComparisons,
+        trials: Sequence[Trial],
+        unknown_users: UnknownUsers,
+        on_progress: Callable[[SweepProgress], None] | None,
+    ) -> None:
+        self._cache, self._stored, self._unknown, self._on_progress = cache, stored, unknown_users, on_progress
+        self._lock, self._stopped = threading.RLock(), threading.Event()
+        self._errors = {trial.name: trial.error for trial in trials if trial.error is not None}
+        good = [trial for trial in trials if trial.error is None]
+        complete = {trial.name for trial in good if is_complete(trial.path, dict(trial.about), resume=True)}
+        self._results = {trial.name: load_run(trial.path) for trial in good if trial.name in complete}
+        self._pending = [_Pending.of(trial) for trial in good if trial.name not in complete]
+        self._blind = _known_yardsticks([trial for trial in good if trial.name in complete], self._pending)
+        self._sources = {_source(pending.own): pending.trial for pending in self._pending}
+        self._fitted: dict[_Fit, FitResult | PalcacheError] = {}
+        self._vectors: dict[tuple[bool, str | None, str], PreferenceData | TokenData] = {}
+        self._data: dict[tuple[*_Source, str], Mapping[str, RunSplit]] = {}
+        self._heads, self._steps, self._all_steps = len(trials), [0.0], 1.0
+
+    def head(self, trial: Trial) -> SweepHead:
+        """Return what became of a head."""
+        run = self._results.get(trial.name)
+        return SweepHead(trial.name, trial.params, trial.path, run, None if run else self._errors[trial.name])
+
+    def train(self, devices: Sequence[str], jobs: int) -> None:
+        """Train what is pending."""
+        queue = deque(self._plan(devices[0], jobs))
+        if jobs == 1 or len(queue) < 2:
+            self._work(queue, devices[0])
+            return
+        threads = torch.get_num_threads()
+        share = max(1, threads // jobs)
+        pool = ThreadPoolExecutor(jobs, "palcache-job", initializer=torch.set_num_threads, initargs=(share,))
+        try:
+            work = [pool.submit(self._work, queue, devices[number % len(devices)]) for number in range(jobs)]
+            for job in work:
+                job.result()
+        finally:
+            self._stopped.set()
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)  # a worker's share becomes the default of the process
+
+    def _plan(self, device: str, jobs: int) -> list[list[_Fit]]:
+        """Return the stacks to be trained, yardsticks first: runs are complete only with theirs."""
+        blind = {pending.blind for pending in self._pending} - self._blind.keys()
+        groups: dict[_Source, list[_Fit]] = {}
+        needed = [*(p.blind for p in self._pending if p.blind in blind), *(p.own for p in self._pending)]
+        for fit in dict.fromkeys(needed):
+            groups.setdefault(_source(fit), []).append(fit)
+        stacks: list[list[_Fit]] = []
+        for (seed, _, _), fits in groups.items():
+            try:
+                train = self._splits(fits[0], device)["train"].data
+            except InputError as error:
+                if seed is None:
+                    raise
+                self._fitted.update(dict.fromkeys(fits, error))
+                continue
+            members = [fit.member(train) for fit in fits]
+            stacks += [[fits[i] for i in numbers] for numbers in plan_stacks(members, train, jobs=jobs)]
+            self._all_steps += sum(Course.of(fit.fit, len(train)).steps for fit in fits)
+        self._complete(device)
+        return sorted(stacks, key=blind.isdisjoint)
+
+    def _splits(self, fit: _Fit, device: str) -> Mapping[str, RunSplit]:
+        """Return the splits that a training needs, loaded once for each device."""
+        source = _source(fit)
+        with self._lock:
+            if (*source, device) not in self._data:
+                trial = self._sources[source]
+                kind = (*source[1:], device)
+                if kind not in self._vectors:
+                    spaces = trial.about["spaces"]
+                    self._vectors[kind] = load_vectors(self._cache, self._stored, spaces, device, trial.fit)
+                stored, vectors = resplit(self._stored, trial.split), self._vectors[kind]
+                self._data[*source, device] = load_splits(stored, vectors, self._unknown)
+            return self._data[*source, device]
+
+    def _work(self, queue: deque[list[_Fit]], device: str) -> None:
+        """Train stacks until none is left."""
+        while queue and not self._stopped.is_set():
+            try:
+                stack = queue.popleft()
+            except IndexError:  # another job was quicker
+                return
+            splits = self._splits(stack[0], device)
+            train, val = splits["train"].data, splits["val"].data
+            with self._lock:
+                self._steps.append(0.0)
+                relay = functools.partial(self._note, len(self._steps) - 1, len(stack))
+            found = fit_members([fit.member(train) for fit in stack], train, val, on_progress=relay)
+            with self._lock:
+                self._fitted.update(zip(stack, found, strict=True))
+            self._complete(device)
+
+    def _note(self, stack: int, heads: int, event: StackProgress) -> None:
+        """Count the steps of a stack; heads that stopped early count as if they had taken them all."""
+        if self._stopped.is_set():
+            raise _Stopped
+        ended = heads - event.heads
+        with self._lock:
+            self._steps[stack] = float(event.heads * event.step + ended * event.steps)
+        self._report()
+
+    def _report(self) -> None:
+        if self._on_progress:
+            with self._lock:
+                done, share = len(self._results) + len(self._errors), sum(self._steps) / self._all_steps
+                self._on_progress(SweepProgress(done, self._heads, min(1.0, share)))
+
+    def _complete(self, device: str) -> None:
+        """Write the run of every head whose trainings have ended, or note why there is none."""
+        with self._lock:
+            ready = [(one, self._ended(one)) for one in self._pending if self._has_ended(one)]
+            self._pending = [one for one in self._pending if not self._has_ended(one)]
+            kept = {fit for one in self._pending for fit in (one.own, one.blind)}
+            self._fitted = {fit: found for fit, found in self._fitted.items() if fit in kept}
+        for pending, ended in ready:
+            run = None if isinstance(ended, PalcacheError) else self._write(pending, *ended, device)
+            with self._lock:
+                if run is not None:
+                    self._results[pending.trial.name] = run
+                else:
+                    self._errors[pending.trial.name] = str(ended)
+            self._report()
+
+    def _has_ended(self, pending: _Pending) -> bool:
+        return pending.own in self._fitted and (pending.blind in self._fitted or pending.blind in self._blind)
+
+    def _ended(self, pending: _Pending) -> tuple[FitResult, Parameters] | PalcacheError:
+        """Return how a head's training went and the parameters of its yardstick, or why one of them failed."""
+        own, blind = self._fitted[pending.own], self._fitted.get(pending.blind)
+        if isinstance(own, PalcacheError):
+            return own
+        if isinstance(blind, PalcacheError):
+            return type(blind)(f"The user-blind yardstick failed: {blind}")
+        return own, self._blind[pending.blind] if blind is None else blind.parameters
+
+    def _write(self, pending: _Pending, fitted: FitResult, blind: Parameters, device: str) -> RunResult:
+        """Write a head's run folder."""
+        trial, splits = pending.trial, self._splits(pending.own, device)
+        data = splits["train"].data
+
+        def trained(config: HeadConfig, values: Parameters) -> TrainedHead:
+            shape = build_head(config, d=data.width, users=len(data.users))
+            moved = {name: value.to(data.device) for name, value in values.items()}
+            return TrainedHead(shape, moved, data.users, trial.about)
+
+        head = trained(trial.head, fitted.parameters)
+        yardstick = head if pending.blind == pending.own else trained(blind_config(trial.head), blind)
+        begin_run(trial.path, trial.about)
+        return finish_run(trial.path, head, yardstick, fitted, splits, picture=False)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A head whose run is not written yet: its own training and that of its yardstick."""
+
+    trial: Trial
+    own: _Fit
+    blind: _Fit
+
+    @classmethod
+    def of(cls, trial: Trial) -> _Pending:
+        """Return what a head needs; a head that is blind itself is its own yardstick."""
+        own = _Fit.of(trial)
+        if is_blind(build_head(trial.head, d=trial.width, users=2), trial.head):
+            return cls(trial, own, own)
+        return cls(trial, own, _Fit.of(replace(trial, head=blind_config(trial.head))))
+
+
+def _source(fit: _Fit) -> _Source:
+    """Return what decides which data a training needs."""
+    tokens = fit.fit.prompt_alignment if fit.fit.token_weighting else None
+    return fit.split_seed, fit.head.head == "pal-a", tokens
+
+
+def _known_yardsticks(complete: Sequence[Trial], pending: Sequence[_Pending]) -> dict[_Fit, Parameters]:
+    """Return the yardsticks of complete runs that pending heads need too."""
+    needed = {one.blind for one in pending if one.blind != one.own}
+    paths = {_Pending.of(trial).blind: trial.path for trial in complete}
+    return {fit: load_head(path / "user_blind.safetensors").parameters for fit, path in paths.items() if fit in needed}

@@ -1,0 +1,1 @@
+"""New users on a frozen head: comparisons in terms of size k, posteriors, priors, curves."""
