@@ -208,7 +208,8 @@ class _Stack:
     @torch.no_grad()
     def evaluate(self, val: PreferenceData, losses: torch.Tensor) -> list[HistoryRow | NumericsError]:
         """Return what is known of each head after a segment of some losses, (s, h)."""
-        sums = torch.zeros(2, len(self.alive), dtype=torch.float64, device=val.device)
+        where = val.device if val.device.type != "mps" else "cpu"
+        sums = torch.zeros(2, len(self.alive), dtype=torch.float64, device=where)
         for batch in val.batches(self._evaluation_rows()):
             shared = StackedBatch.shared(batch)
 
@@ -219,7 +220,7 @@ class _Stack:
                 return found[0].sum(), found[1].sum()
 
             mapped = vmap(one, in_dims=(0, 0, *shared.dims))
-            sums += torch.stack(mapped(self.parameters, self.numbers.values, *shared.values)).double()
+            sums += torch.stack(mapped(self.parameters, self.numbers.values, *shared.values)).to(sums)
         val_loss, accuracy = (sums / len(val)).tolist()
         scales = scale(self.parameters).tolist() if "logit_scale" in self.parameters else [1.0] * len(self.alive)
         first, columns, means = self.step - len(losses), losses.T.cpu(), losses.mean(0).tolist()
