@@ -17,7 +17,7 @@ from benchmarks.measuring import Machine
 from benchmarks.results import Row, as_page, as_table, merged, read_rows, row, write_page
 from palcache.errors import PalcacheWarning
 
-NAMES: Final = ("encode", "states", "repeats", "plan", "read", "train", "sweep", "memory", "accuracy")
+NAMES: Final = ("encode", "states", "repeats", "plan", "read", "train", "sweep", "adapt", "memory", "accuracy")
 RESULTS: Final = Path(__file__).parent / "results"
 
 

@@ -1,17 +1,18 @@
 """adapt: 100,000 new users with 10 comparisons each on a head of k = 8, from vectors to mixtures with covariances.
 
-Run with `python -m benchmarks.adapt [--quick]`. It prints the seconds of the reduction and of the solution, and the largest
-difference between a user in the batch and the same user alone.
+It notes the seconds of the reduction and of the solution, and the largest difference between a user in the batch and the
+same user alone.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from dataclasses import dataclass, replace
 
 import torch
 
+from benchmarks.measuring import devices, finish
+from benchmarks.results import Row, row
 from palcache.checkpoints import TrainedHead
 from palcache.configs import HeadConfig
 from palcache.heads import PalB
@@ -48,6 +49,21 @@ class Figures:
         return self.reduce + self.solve
 
 
+def run(quick: bool) -> list[Row]:
+    """Measure the CPU, and CUDA where it is there."""
+    return [_row(measure(quick=quick, device=device), device) for device in devices()]
+
+
+def _row(found: Figures, device: str) -> Row:
+    what = f"seconds for {found.users:,} new users x {SHOTS} comparisons, k = {K}, d = {D}, covariances included"
+    unmeasured = row("adapt", what, device, against="-", goal=f"{GOAL_SECONDS:.0f} s")
+    note = (
+        f"reduce {found.reduce:.1f} s, solve {found.solve:.1f} s; processor time {found.cpu:.1f} s with "
+        f"{torch.get_num_threads()} threads; largest difference of a user in the batch and alone {found.difference:.1e}"
+    )
+    return unmeasured.with_verdict(found.seconds <= GOAL_SECONDS, f"{found.seconds:.1f} s", note=note)
+
+
 def measure(*, quick: bool = False, device: str = "cpu") -> Figures:
     """Time one adaptation of all users; answers are drawn from the head under random mixtures."""
     generator = torch.Generator().manual_seed(0)
@@ -59,14 +75,14 @@ def measure(*, quick: bool = False, device: str = "cpu") -> Figures:
     data = _questions(users, generator, device)
     start, spent = time.perf_counter(), time.process_time()
     reduced = reduce_comparisons(head, data)
-    _finish(device)
+    finish(device)
     middle = time.perf_counter()
     reduced = _answers(reduced, generator)
     prior = Gaussian(torch.zeros(K - 1, dtype=torch.float64), 2 * torch.eye(K - 1, dtype=torch.float64))
     prior = prior.to(torch.device(device))
     begun = time.perf_counter()
     found = maximum_a_posteriori(reduced, prior)
-    _finish(device)
+    finish(device)
     end, spent = time.perf_counter(), time.process_time() - spent
     difference = 0.0
     for user in range(0, users, users // 50):
@@ -101,27 +117,3 @@ def _answers(reduced: ReducedComparisons, generator: torch.Generator) -> Reduced
     uniform = torch.rand(len(reduced), generator=generator, dtype=torch.float64).to(reduced.products)
     answers = torch.where(uniform < chance, 1.0, -1.0).double()
     return replace(reduced, y=answers)
-
-
-def _finish(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
-def main() -> None:
-    """Print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--device", default="cpu")
-    options = parser.parse_args()
-    found = measure(quick=options.quick, device=options.device)
-    threads = torch.get_num_threads()
-    print(
-        f"{found.users:,} users x {SHOTS} comparisons, k = {K}: {found.seconds:.1f} s with {threads} threads (reduce "
-        f"{found.reduce:.1f}, solve {found.solve:.1f}, processor time {found.cpu:.1f}; goal {GOAL_SECONDS:.0f}); largest "
-        f"difference of a user in the batch and alone {found.difference:.1e}"
-    )
-
-
-if __name__ == "__main__":
-    main()

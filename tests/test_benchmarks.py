@@ -21,7 +21,7 @@ from palcache.tensors import PairBatch
 
 ROOT = Path(__file__).parents[1]
 HEAD = PalB(d=7, p=5, k=3, users=4, projector="mlp2-relu-dropout1", temperature=1.0)
-CHEAP = ("plan", "read", "train", "sweep")
+CHEAP = ("plan", "read", "train", "sweep", "adapt")
 
 
 @pytest.fixture(scope="module")
