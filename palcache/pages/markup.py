@@ -112,7 +112,7 @@ def document(title: str, content: Html, charts: Mapping[str, Any], config: Mappi
     Raises:
         PalcacheError: the package that brings the charts' code is not installed.
     """
-    assets = files("palcache") / "assets"
+    assets = files("palcache.pages") / "assets"
     style, script = ((assets / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     scripts = [_library(), script]
     digests = " ".join(f"'sha256-{_digest(source)}'" for source in scripts)
