@@ -8,10 +8,12 @@ from typing import Annotated
 
 import typer
 
+from palcache.choices import RULE_NAMES
+
 from .display import describe, print_evaluations, print_json
 from .failures import reports_errors
 from .options import ComparisonsOption, DeviceOption, JsonOption, UnknownUsersOption
-from .train_head import KINDS, RULES
+from .train_head import KINDS
 
 
 @reports_errors
@@ -46,7 +48,7 @@ def evaluate(
         return
     kind = read_json(run / "config.json", "a run folder (config.json)")["head"].get("head", "pal-b")
     evaluations = by_split[split]
-    names = {"head": KINDS[kind], **RULES}
+    names = {**RULE_NAMES, "head": KINDS[kind]}
     head = evaluations["head"]
     print_evaluations(describe(head, split), evaluations, names)
     if head.temperature is not None:

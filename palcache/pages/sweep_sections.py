@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from palcache.contrasts import ContrastRow, Contrasts, Spread
+from palcache.choices import RULE_NAMES
+from palcache.contrasts import ContrastRow, Contrasts
 from palcache.pages import sweep_charts
 from palcache.pages.chart_parts import RULES
-from palcache.pages.contrast_tables import HEADINGS, option_text, remarks, row_options
-from palcache.pages.contrast_tables import RULES as ROW_NAMES
+from palcache.pages.contrast_tables import HEADINGS, behind_cells, option_text, remarks, row_options, spread_text
 from palcache.pages.markup import Html, element, paragraph, section, table
 from palcache.pages.page_figures import ChartBook, optional
 from palcache.pages.run_views import Row, read_history
@@ -34,8 +34,8 @@ def sweep_sections(records: Sequence[RunRecord], contrasts: Contrasts, book: Cha
 def _compared(contrasts: Contrasts) -> Html:
     columns = ["", *contrasts.by, "runs", *HEADINGS.values(), "behind the first", "p"]
     rows = [
-        [ROW_NAMES[row.rule] + (" (best)" if row.best else ""), *row_options(row, contrasts.by), str(row.runs),
-         *(_spread(row.metrics.get(name)) for name in HEADINGS), *_behind(row)]
+        [RULE_NAMES[row.rule] + (" (best)" if row.best else ""), *row_options(row, contrasts.by), str(row.runs),
+         *(spread_text(row.metrics.get(name), "±") for name in HEADINGS), *behind_cells(row)]
         for row in contrasts.rows
     ]  # fmt: skip
     best = [at for at, row in enumerate(contrasts.rows) if row.best]
@@ -44,18 +44,6 @@ def _compared(contrasts: Contrasts) -> Html:
     return section(
         "Comparison", content, paragraph(" ".join(remarks(contrasts)).replace("+-", "±")), lead=f"On {contrasts.split}."
     )
-
-
-def _spread(spread: Spread | None) -> str:
-    if spread is None:
-        return "-"
-    return f"{spread.mean:.4f}" + ("" if spread.deviation is None else f" ± {spread.deviation:.4f}")
-
-
-def _behind(row: ContrastRow) -> list[str]:
-    if row.behind is None or row.p is None:
-        return ["", ""]
-    return [f"{row.behind.value:.3f} ({row.behind.low:.3f} to {row.behind.high:.3f})", f"{row.p:.4f}"]
 
 
 def _by_option(across: str, records: Sequence[RunRecord], contrasts: Contrasts, book: ChartBook) -> Html:
