@@ -1,4 +1,4 @@
-"""The Typer app. Importing it imports no torch: `--help` and completion answer at once."""
+"""The Typer app. Importing it imports no verb: `palcache --help` answers at once."""
 
 from __future__ import annotations
 
@@ -6,47 +6,18 @@ from typing import Annotated
 
 import typer
 
-from . import (
-    adapt,
-    cache,
-    checkpoint,
-    compare,
-    demo,
-    embed,
-    evaluate,
-    import_vectors,
-    lint,
-    presets,
-    report,
-    suggest,
-    sweep,
-    train_head,
-    users,
-)
 from .failures import set_debug
+from .verbs import Verbs
 
 app = typer.Typer(
     name="palcache",
+    cls=Verbs,
     help="Encode once, then train and evaluate pluralistic reward models (PAL) on cached embeddings.",
     no_args_is_help=True,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("embed")(embed.embed)
-app.command("import")(import_vectors.import_vectors)
-app.command("train-head")(train_head.train_head)
-app.command("sweep")(sweep.sweep)
-app.command("evaluate")(evaluate.evaluate)
-app.command("compare")(compare.compare)
-app.command("report")(report.report)
-app.command("adapt")(adapt.adapt)
-app.command("suggest")(suggest.suggest)
-app.command("users")(users.users)
-app.command("lint")(lint.lint)
-app.command("demo")(demo.demo)
-app.command("presets")(presets.presets)
-app.add_typer(cache.app, name="cache")
-app.add_typer(checkpoint.app, name="checkpoint")
 
 
 def _print_version(value: bool) -> None:

@@ -33,7 +33,12 @@ if TYPE_CHECKING:
     from palcache.care.repairs import Repair
 
 _EMBED = EmbedConfig()
-app = typer.Typer(help="Look into a cache, check it and take care of it.", no_args_is_help=True)
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    help="Look into a cache, check it and take care of it.",
+    no_args_is_help=True,
+)
 
 
 @app.command()

@@ -13,7 +13,12 @@ from .display import print_json, say
 from .failures import reports_errors
 from .options import JsonOption
 
-app = typer.Typer(help="Read and write checkpoints of the published implementation.", no_args_is_help=True)
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    help="Read and write checkpoints of the published implementation.",
+    no_args_is_help=True,
+)
 
 
 @app.command("import")

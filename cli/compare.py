@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from palcache.choices import RULE_NAMES
 from palcache.errors import InputError
 
 from .display import print_json, print_table, say
@@ -14,7 +15,7 @@ from .failures import reports_errors
 from .options import JsonOption
 
 if TYPE_CHECKING:
-    from palcache.contrasts import ContrastRow, Contrasts, Spread
+    from palcache.contrasts import Contrasts
 
 
 @reports_errors
@@ -55,16 +56,16 @@ def compare(
 
 
 def _show(found: Contrasts) -> None:
-    from palcache.pages.contrast_tables import HEADINGS, RULES, row_options
+    from palcache.pages.contrast_tables import HEADINGS, behind_cells, row_options, spread_text
 
     columns = ["", *found.by, "runs", *HEADINGS.values(), "behind the first (95 % interval)", "p"]
     rows = [
         [
-            f"{RULES[row.rule]}{' *' if row.best else ''}",
+            f"{RULE_NAMES[row.rule]}{' *' if row.best else ''}",
             *row_options(row, found.by),
             str(row.runs),
-            *(_spread(row.metrics.get(name)) for name in HEADINGS),
-            *_behind(row),
+            *(spread_text(row.metrics.get(name)) for name in HEADINGS),
+            *behind_cells(row),
         ]
         for row in found.rows
     ]
@@ -72,15 +73,3 @@ def _show(found: Contrasts) -> None:
     print_table(
         f"{found.split}: {runs} runs, mean +- standard deviation over seeds", columns, rows, text=1 + len(found.by)
     )
-
-
-def _spread(spread: Spread | None) -> str:
-    if spread is None:
-        return "-"
-    return f"{spread.mean:.4f}" if spread.deviation is None else f"{spread.mean:.4f} +- {spread.deviation:.4f}"
-
-
-def _behind(row: ContrastRow) -> list[str]:
-    if row.behind is None or row.p is None:
-        return ["", ""]
-    return [f"{row.behind.value:.3f} ({row.behind.low:.3f} to {row.behind.high:.3f})", f"{row.p:.4f}"]

@@ -8,10 +8,12 @@ from typing import Annotated
 
 import typer
 
+from palcache.choices import RULE_NAMES
+
 from .display import describe, print_evaluations, print_json
 from .failures import reports_errors
 from .options import ComparisonsOption, DeviceOption, JsonOption, UnknownUsersOption
-from .train_head import KINDS, RULES
+from .train_head import KINDS
 
 
 @reports_errors
@@ -29,10 +31,10 @@ def evaluate(
     from palcache.cache import Cache
     from palcache.files import read_json
     from palcache.runs.folders import evaluations_to_dict
-    from palcache.runs.trainings import evaluate_run
+    from palcache.runs.trainings import evaluate_run_splits
 
     start = time.perf_counter()
-    evaluations = evaluate_run(
+    by_split = evaluate_run_splits(
         run,
         Cache(cache),
         comparisons=comparisons,
@@ -42,10 +44,11 @@ def evaluate(
     )
     if json_:
         seconds = time.perf_counter() - start
-        print_json({"run": str(run), "seconds": seconds, **evaluations_to_dict({split: evaluations})})
+        print_json({"run": str(run), "seconds": seconds, **evaluations_to_dict(by_split)})
         return
     kind = read_json(run / "config.json", "a run folder (config.json)")["head"].get("head", "pal-b")
-    names = {"head": KINDS[kind], **RULES}
+    evaluations = by_split[split]
+    names = {**RULE_NAMES, "head": KINDS[kind]}
     head = evaluations["head"]
     print_evaluations(describe(head, split), evaluations, names)
     if head.temperature is not None:

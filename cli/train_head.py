@@ -10,6 +10,7 @@ import typer
 
 from palcache.choices import (
     PROJECTOR_GRAMMAR,
+    RULE_NAMES,
     HeadKind,
     Loss,
     Mixture,
@@ -43,7 +44,6 @@ KINDS: dict[str, str] = {
     "pca": "principal directions",
     "per-user": "a regression per user",
 }
-RULES = {"user_blind": "user-blind (k = 1)", "longer": "longer response"}
 
 
 @reports_errors
@@ -186,7 +186,7 @@ def train_head(
     if json_:
         print_json(result.to_dict())
         return
-    names = {"head": f"{KINDS[head_config.head]} (k = {result.head.shape.k})", **RULES}
+    names = {**RULE_NAMES, "head": f"{KINDS[head_config.head]} (k = {result.head.shape.k})"}
     for split, evaluations in result.evaluations.items():
         print_evaluations(describe(evaluations["head"], split), evaluations, names)
     fitted = result.fitted

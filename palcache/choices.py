@@ -23,6 +23,12 @@ Optimizer = Literal["adamw", "adam"]
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["float32", "bfloat16"]
 
+RULE_NAMES: Final[Mapping[str, str]] = {
+    "head": "head",
+    "user_blind": "user-blind (k = 1)",
+    "longer": "longer response",
+}
+"""What people read for the rules that evaluations compare."""
 LOSS_OF: Final[Mapping[Score, Loss]] = {
     "dist": "hinge",
     "dist_normalized": "hinge",

@@ -1,9 +1,10 @@
 """Are some runs better than others? Means over seeds, and a paired test that resamples users.
 
 Runs of the same options but for their seeds make a row: mean and sample standard deviation (n - 1; none is rescaled) over
-the runs. Whether each comparison is predicted right is averaged over a row's runs, and the row of the highest accuracy is
-tested against every other row of the same comparisons (`palcache.paired_tests`). It counts as best only if every p-value,
-corrected for their number, is below the level. Seeds are averaged, users are resampled.
+the runs. Whether each comparison is predicted right is averaged over a row's runs, and the row that is right on the largest
+share of all comparisons is tested against every other row of the same ones (`palcache.paired_tests`). It counts as best only
+if it is ahead of each, interval included, with a p-value, corrected for their number, below the level. Seeds are averaged,
+users are resampled.
 """
 
 from __future__ import annotations
@@ -263,25 +264,29 @@ def _tested(
         )
         return rows, [note]
     out, notes = list(rows), []
+    few: set[int] = set()
     families: dict[str, list[int]] = {}
     for at, found in enumerate(scores):
         families.setdefault(found.comparisons, []).append(at)
     if len(families) > 1:
         notes.append("Rows of different comparisons are not tested against each other.")
     for members in families.values():
-        ranked = sorted(members, key=lambda at: -rows[at].metrics["micro"].mean)
+        ranked = sorted(members, key=lambda at: -scores[at].right.mean())
         first = ranked[0]
         others = [at for at in ranked[1:] if not _is_itself(rows[first], rows[at], scores[first], scores[at])]
         users = len(np.unique(scores[first].user))
         if not others or users < 2:
             continue
         if users < FEW_USERS:
-            notes.append(f"There are {users} users; with fewer than {FEW_USERS} the test is too sure of itself.")
+            few.add(users)
         right = [scores[at].right for at in others]
         tests = paired_test(scores[first].right, right, scores[first].user, draws=draws, seed=seed)
         for at, (behind, p) in zip(others, tests, strict=True):
             out[at] = replace(rows[at], behind=behind, p=p)
-        out[first] = replace(rows[first], best=all(p < level for _, p in tests))
+        out[first] = replace(rows[first], best=all(p < level and behind.low > 0 for behind, p in tests))
+    if few:
+        counts = " or ".join(map(str, sorted(few)))
+        notes.append(f"There are {counts} users; with fewer than {FEW_USERS} the test is too sure of itself.")
     return tuple(out), notes
 
 

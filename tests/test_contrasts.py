@@ -137,10 +137,26 @@ def test_another_split_of_the_table_is_another_try_and_not_another_row(tmp_path:
     assert row_of(found, "longer").metrics["micro"].mean == pytest.approx(np.mean(longer))
 
 
-def test_few_users_are_pointed_out(tmp_path: Path) -> None:
-    for seed in range(2):
-        make_run(tmp_path / f"s{seed}", fit=FitConfig(seed=seed), users=("a", "b", "c"))
-    assert "There are 3 users; with fewer than 20 the test is too sure of itself." in compare_runs([tmp_path]).notes
+def test_the_first_row_is_first_by_what_is_tested(tmp_path: Path) -> None:
+    """A split of few comparisons counts as a run in the mean; the test counts comparisons, and would mark the worse row."""
+    for k, skills in ((1, (4.0, 0.6)), (2, (0.0, 1.2))):
+        for split, (skill, per_user) in enumerate(zip(skills, (2, 60), strict=True)):
+            make_run(
+                tmp_path / f"{k}-{split}", head=HeadConfig(k=k, p=3), skill=skill, per_user=per_user, split_seed=split
+            )
+    found = compare_runs([tmp_path], draws=2_000)
+    few, many = row_of(found, "head", k=1), row_of(found, "head", k=2)
+    assert few.metrics["micro"].mean > many.metrics["micro"].mean
+    assert few.p < 0.05
+    assert 0 < few.behind.low < few.behind.value
+    assert (few.best, many.best) == (False, True)
+
+
+def test_few_users_are_pointed_out_once(tmp_path: Path) -> None:
+    for table in ("beef", "f00d"):
+        make_run(tmp_path / table, users=("a", "b", "c"), table=table)
+    said = "There are 3 users; with fewer than 20 the test is too sure of itself."
+    assert compare_runs([tmp_path]).notes.count(said) == 1
 
 
 def test_runs_that_do_not_count_are_left_out_with_a_warning(tmp_path: Path) -> None:

@@ -21,6 +21,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
 
 
+FOLDERS = ("palcache", "cli", "data", "docs", "tests", "benchmarks")
+
+
 def modules_in(folder: Path) -> set[str]:
     """Return the Python files below a folder, relative to it."""
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*.py") if "__pycache__" not in path.parts}
@@ -83,7 +86,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if setuptools is None or int(importlib.metadata.version("setuptools").split(".")[0]) < 77:
         pytest.skip("needs setuptools 77 or newer in this environment")
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("built")
-    for name in ("palcache", "cli", "data", "docs", "tests"):
+    for name in FOLDERS:
         copy_tree(ROOT / name, tree / name)
     for path in ROOT.iterdir():
         if path.is_file():
@@ -115,11 +118,33 @@ def test_the_wheel_holds_every_module_and_nothing_else(built: Path) -> None:
     assert licences
 
 
+def test_a_page_is_written_from_the_wheel_alone(built: Path, tmp_path: Path) -> None:
+    """The page reads its style and script from the package: a misplaced asset shows only where it is installed."""
+    wheel = str(next(built.glob("*.whl")))
+    script = (
+        "import sys, importlib.machinery\n"
+        f"sys.path.insert(0, {wheel!r})\n"
+        "sys.meta_path.insert(0, importlib.machinery.PathFinder)  # before what an editable installation adds\n"
+        "from palcache.pages import markup\n"
+        f"assert markup.__file__.startswith({wheel!r}), markup.__file__\n"
+        "markup._library = lambda: ''\n"
+        "sys.stdout.buffer.write(markup.document('title', markup.text('content'), {}, {}))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in ("page.css", "page.js"):
+        assert (ROOT / "palcache" / "pages" / "assets" / name).read_text(encoding="utf-8") in done.stdout
+
+
 def test_the_sdist_holds_what_the_tests_need(built: Path) -> None:
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    expected = {f"tests/{name}" for name in modules_in(ROOT / "tests")} | {
-        f"cli/{name}" for name in modules_in(ROOT / "cli")
+    expected = {
+        path.relative_to(ROOT).as_posix()
+        for folder in FOLDERS
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
     }
-    assert expected | {"data/sample.jsonl", "README.md", "LICENSE", "pyproject.toml", "Makefile"} <= names
+    assert {"tests/golden/v1.tar.xz", "benchmarks/__init__.py", "data/sample.jsonl"} <= expected <= names
+    assert {"README.md", "LICENSE", "pyproject.toml", "Makefile", "CONTRIBUTING.md", "MANIFEST.in"} <= names
     assert not [name for name in names if "__pycache__" in name]

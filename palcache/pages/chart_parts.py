@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from palcache.choices import RULE_NAMES
+
 Spec = dict[str, Any]
-RULES: Final[Mapping[str, str]] = {"head": "head", "user_blind": "user-blind", "longer": "longer response"}
+RULES: Final[Mapping[str, str]] = {rule: name.partition(" (")[0] for rule, name in RULE_NAMES.items()}
+"""Their names without what stands in brackets."""
 COLOURS: Final[Mapping[str, str]] = {
     "head": "var(--head)",
     "user-blind": "var(--blind)",

@@ -7,9 +7,9 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+from palcache.choices import RULE_NAMES
 from palcache.contrasts import METRICS, ContrastRow, Contrasts, Spread
 
-RULES: Final[Mapping[str, str]] = {"head": "head", "user_blind": "user-blind (k = 1)", "longer": "longer response"}
 HEADINGS: Final[Mapping[str, str]] = {
     "micro": "accuracy",
     "macro": "macro",
@@ -41,6 +41,20 @@ def option_text(value: object) -> str:
 def row_options(row: ContrastRow, by: Sequence[str]) -> list[str]:
     """Return the cells of a row's options; `-` where one does not concern the rule."""
     return [option_text(row.options[name]) if name in row.options else "-" for name in by]
+
+
+def spread_text(spread: Spread | None, sign: str = "+-") -> str:
+    """Return a mean and its deviation, where there are any."""
+    if spread is None:
+        return "-"
+    return f"{spread.mean:.4f}" + ("" if spread.deviation is None else f" {sign} {spread.deviation:.4f}")
+
+
+def behind_cells(row: ContrastRow) -> list[str]:
+    """Return by how much a row is behind the first, with its interval, and the p-value; empty where it was not tested."""
+    if row.behind is None or row.p is None:
+        return ["", ""]
+    return [f"{row.behind.value:.3f} ({row.behind.low:.3f} to {row.behind.high:.3f})", f"{row.p:.4f}"]
 
 
 def remarks(contrasts: Contrasts) -> list[str]:
@@ -93,7 +107,7 @@ def contrasts_latex(contrasts: Contrasts) -> str:
         before = row.rule
         options = map(escape_latex, row_options(row, contrasts.by))
         cells = [_math(row.metrics.get(name), bold=row.best and name == "micro") for name in METRICS]
-        lines.append(" & ".join([escape_latex(RULES[row.rule]), *options, str(row.runs), *cells]) + r" \\")
+        lines.append(" & ".join([escape_latex(RULE_NAMES[row.rule]), *options, str(row.runs), *cells]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 from palcache.contrasts import contrast_records
 from palcache.files import write_bytes
@@ -11,8 +12,11 @@ from palcache.pages.markup import Html, document, element, paragraph, section, t
 from palcache.pages.page_figures import ChartBook
 from palcache.pages.run_sections import run_sections, run_title
 from palcache.pages.run_views import view_run
-from palcache.pages.sweep_sections import sweep_sections
+from palcache.pages.sweep_sections import new_users_section, sweep_sections
 from palcache.runs.records import RunRecord, read_records
+
+NEW_USERS: Final = "new_users.csv"
+"""What a sweep with new users leaves in its folder."""
 
 
 def write_page(path: Path, out: Path) -> None:
@@ -49,6 +53,7 @@ def sweep_page(path: Path) -> bytes:
     title = f"{path.resolve().name}: {len(records)} heads"
     tables = ", ".join(dict.fromkeys(str(record.options["table"]) for record in records))
     content = _header(title, f"On {tables}") + sweep_sections(records, contrast_records(records), book)
+    content += new_users_section(path / NEW_USERS, book)
     view = view_run(min(records, key=_validation_loss).path)
     lead = f"{view.name} ({run_title(view)}) has the lowest validation loss of all."
     content += section("The best run on validation", lead=lead) + run_sections(view, book)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from palcache.choices import RULE_NAMES
 from palcache.configs import FitConfig, HeadConfig
 from palcache.pages import charts
 from palcache.pages.contrast_tables import option_text
@@ -17,9 +18,6 @@ SHOWN: Final = 3
 """Comparisons of a prototype that are not folded away."""
 ROWS: Final = 300
 """Users in the table beside their chart."""
-RULES: Final[Mapping[str, str]] = {
-    "head": "head", "user_blind": "user-blind (k = 1)", "longer": "longer response",
-}  # fmt: skip
 FORMS: Final[Mapping[str, str]] = {
     "line": "Each dot is a user, by its weight on the second prototype; dots of about the same weight stand on each other.",
     "triangle": "Each dot is a user: the nearer to a corner, the more weight that prototype has.",
@@ -71,7 +69,7 @@ def _figures(view: RunView) -> Html:
 def _results(view: RunView) -> Html:
     columns = ("", "split", "accuracy", "95 % interval", "macro", "worst tenth", "log-loss", "Brier", "ECE")
     rows = [
-        [RULES.get(rule, rule), split, *evaluation_cells(found)]
+        [RULE_NAMES.get(rule, rule), split, *evaluation_cells(found)]
         for split in ("test", "val")
         for rule, found in view.evaluations[split].items()
     ]
@@ -93,7 +91,7 @@ def _users(view: RunView, book: ChartBook) -> Html:
     if view.users:
         columns = ("user", "group", "comparisons", "head", "user-blind", "longer response")
         rows = [
-            [row["user"], row["group"] or "-", f"{row['n']:,}", *(f"{row[rule]:.3f}" for rule in RULES)]
+            [row["user"], row["group"] or "-", f"{row['n']:,}", *(f"{row[rule]:.3f}" for rule in RULE_NAMES)]
             for row in view.users[:ROWS]
         ]
         caption = _some(len(view.users), view.users_total) + "The line joins a user's two accuracies."
@@ -107,7 +105,7 @@ def _users(view: RunView, book: ChartBook) -> Html:
         rows = [
             [name, *(f"{found.groups[name]:.4f}" for found in view.evaluations["test"].values())] for name in groups
         ]
-        of_groups = table(["group", *(RULES.get(rule, rule) for rule in view.evaluations["test"])], rows)
+        of_groups = table(["group", *(RULE_NAMES.get(rule, rule) for rule in view.evaluations["test"])], rows)
         parts.append(element("div", element("h3", "Accuracy by group on test") + of_groups))
     return section("Users", element("div", "".join(parts), class_="grid")) if parts else ""
 
@@ -172,7 +170,7 @@ def _decision(decision: Decision) -> Html:
 def _calibration(view: RunView, book: ChartBook) -> Html:
     if not view.reliability:
         return ""
-    rows = [[RULES[row["rule"]], f"{row['predicted']:.3f}", f"{row['observed']:.3f}", f"{row['n']:,}"]
+    rows = [[RULE_NAMES[row["rule"]], f"{row['predicted']:.3f}", f"{row['observed']:.3f}", f"{row['n']:,}"]
             for row in view.reliability]  # fmt: skip
     folded = table(("rule", "predicted", "observed", "comparisons"), rows)
     caption = "Bins of equal mass; on the dashed line predicted probabilities are observed shares."

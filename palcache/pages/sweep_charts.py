@@ -47,6 +47,23 @@ def by_option(name: str, runs: Sequence[Row], means: Sequence[Row], levels: Sequ
     return chart(f"Accuracy on test by {name}", 280, yardsticks, every, spread, dots)
 
 
+def new_users(rows: Sequence[Row]) -> Spec:
+    """Return the accuracy of new users by their number of comparisons: the mean over heads and a standard deviation.
+
+    Args:
+        rows: `shots`, `accuracy`, `low`, `high`, `heads` of each number.
+    """
+    x = field("shots", "comparisons per new user", "ordinal", axis={"grid": False, "labelAngle": 0})
+    y = field("accuracy", "accuracy on their other comparisons", scale={"zero": False}, axis={"format": ".0%"})
+    tooltip = [number("shots", "comparisons", ",d"), number("accuracy", "mean accuracy", ".4f"), number("low", "from", ".4f"),
+               number("high", "to", ".4f"), number("heads", "heads", ",d")]  # fmt: skip
+    data = {"values": list(rows)}
+    spread = {"data": data, "mark": {"type": "rule", "strokeWidth": 2, "color": "var(--head)"},
+              "encoding": {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "tooltip": tooltip}}  # fmt: skip
+    line = {"data": data, "mark": {"type": "line", "point": True}, "encoding": {"x": x, "y": y, "tooltip": tooltip}}
+    return chart("Accuracy of new users by number of comparisons, over the heads of the sweep", 280, spread, line)
+
+
 def all_curves(rows: Sequence[Row], chosen: Sequence[Row], name: str) -> Spec:
     """Return the validation loss of many runs by epoch, and a dot where each is lowest.
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from palcache.contrasts import ContrastRow, Contrasts, Spread, metric_of
+from palcache.choices import RULE_NAMES
+from palcache.contrasts import ContrastRow, Contrasts, metric_of
+from palcache.errors import CacheError
 from palcache.pages import sweep_charts
 from palcache.pages.chart_parts import RULES
-from palcache.pages.contrast_tables import HEADINGS, option_text, remarks, row_options
-from palcache.pages.contrast_tables import RULES as ROW_NAMES
+from palcache.pages.contrast_tables import HEADINGS, behind_cells, option_text, remarks, row_options, spread_text
 from palcache.pages.markup import Html, element, paragraph, section, table
 from palcache.pages.page_figures import ChartBook, optional
 from palcache.pages.run_views import Row, read_history
@@ -34,8 +37,8 @@ def sweep_sections(records: Sequence[RunRecord], contrasts: Contrasts, book: Cha
 def _compared(contrasts: Contrasts) -> Html:
     columns = ["", *contrasts.by, "runs", *HEADINGS.values(), "behind the first", "p"]
     rows = [
-        [ROW_NAMES[row.rule] + (" (best)" if row.best else ""), *row_options(row, contrasts.by), str(row.runs),
-         *(_spread(row.metrics.get(name)) for name in HEADINGS), *_behind(row)]
+        [RULE_NAMES[row.rule] + (" (best)" if row.best else ""), *row_options(row, contrasts.by), str(row.runs),
+         *(spread_text(row.metrics.get(name), "±") for name in HEADINGS), *behind_cells(row)]
         for row in contrasts.rows
     ]  # fmt: skip
     best = [at for at, row in enumerate(contrasts.rows) if row.best]
@@ -44,18 +47,6 @@ def _compared(contrasts: Contrasts) -> Html:
     return section(
         "Comparison", content, paragraph(" ".join(remarks(contrasts)).replace("+-", "±")), lead=f"On {contrasts.split}."
     )
-
-
-def _spread(spread: Spread | None) -> str:
-    if spread is None:
-        return "-"
-    return f"{spread.mean:.4f}" + ("" if spread.deviation is None else f" ± {spread.deviation:.4f}")
-
-
-def _behind(row: ContrastRow) -> list[str]:
-    if row.behind is None or row.p is None:
-        return ["", ""]
-    return [f"{row.behind.value:.3f} ({row.behind.low:.3f} to {row.behind.high:.3f})", f"{row.p:.4f}"]
 
 
 def _by_option(across: str, records: Sequence[RunRecord], contrasts: Contrasts, book: ChartBook) -> Html:
@@ -127,6 +118,37 @@ def _curves(across: str | None, records: Sequence[RunRecord], book: ChartBook) -
         chosen.append(min(points, key=lambda point: point["loss"]))
     caption = f"One line per run{f', coloured by {across}' if across else ''}; a dot where it is lowest."
     return book.add("all-curves", sweep_charts.all_curves(rows, chosen, across or ""), "Validation loss", caption)
+
+
+def new_users_section(path: Path, book: ChartBook) -> Html:
+    """Return the curve of new users over the heads of a sweep, from the `new_users.csv` of its folder; empty without one.
+
+    Raises:
+        CacheError: the file is damaged.
+    """
+    if not path.is_file():
+        return ""
+    try:
+        with path.open(encoding="utf-8", newline="") as lines:
+            rows = [_new_users_point(line) for line in csv.DictReader(lines)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CacheError(
+            f"{path} is damaged ({type(error).__name__}: {error}); run palcache sweep with --new-comparisons again."
+        ) from error
+    cells = [
+        [str(row["shots"]), f"{row['accuracy']:.4f}", f"{row['low']:.4f} to {row['high']:.4f}", str(row["heads"])]
+        for row in rows
+    ]
+    folded = table(("comparisons per user", "accuracy", "interval", "heads"), cells)
+    caption = "Mean over the heads of the sweep on which users can be adapted, with one standard deviation over heads."
+    place = book.add("new-users", sweep_charts.new_users(rows), "New users over all heads", caption, fallback=folded)
+    return section("New users", element("div", place, class_="grid"))
+
+
+def _new_users_point(line: Mapping[str, str]) -> Row:
+    mean, deviation = float(line["accuracy_mean"]), float(line["accuracy_sd"])
+    return {"shots": int(line["shots"]), "accuracy": mean, "low": mean - deviation, "high": mean + deviation,
+            "heads": int(line["heads"])}  # fmt: skip
 
 
 def _all_runs(records: Sequence[RunRecord], contrasts: Contrasts) -> Html:

@@ -41,7 +41,7 @@ from palcache.runs.inputs import (
 from palcache.training import FitProgress, FitResult, FitState, fit
 from palcache.users.user_files import ADAPTED, UserTable, load_users
 
-__all__ = ["RunResult", "evaluate_run", "load_run", "train_blind", "train_run"]
+__all__ = ["RunResult", "evaluate_run", "evaluate_run_splits", "load_run", "train_blind", "train_run"]
 
 STATE_SECONDS: Final = 2.0
 """Least time between two writes of the state to go on from."""
@@ -197,6 +197,29 @@ def evaluate_run(
         MismatchError: the cache lacks the run's spaces, or a user is unknown and the policy is `refuse`.
         CacheError: a file of the run is missing, damaged or of another version.
     """
+    head, blind, chosen, val = _open_evaluation(path, cache, comparisons, split, device, unknown_users)
+    return evaluate_rules(head, blind, chosen, val)
+
+
+def evaluate_run_splits(
+    path: Path,
+    cache: Cache,
+    *,
+    comparisons: str | None = None,
+    split: str | None = "test",
+    device: str = "auto",
+    unknown_users: UnknownUsers = "refuse",
+) -> dict[str, dict[str, Evaluation]]:
+    """Evaluate as `evaluate_run` does; with the chosen split (`all` for None) comes `val`, if the table is the run's own."""
+    head, blind, chosen, val = _open_evaluation(path, cache, comparisons, split, device, unknown_users)
+    beside = {} if val is None else {"val": evaluate_rules(head, blind, val, val)}
+    return {split or "all": evaluate_rules(head, blind, chosen, val), **beside}
+
+
+def _open_evaluation(
+    path: Path, cache: Cache, comparisons: str | None, split: str | None, device: str, unknown_users: UnknownUsers
+) -> tuple[TrainedHead, TrainedHead | None, RunSplit, RunSplit | None]:
+    """Return a run's head, its yardstick, the comparisons to evaluate on, and `val` if the table is the run's own."""
     config = read_config(path)
     imported = "imported" in config
     if not imported:
@@ -237,5 +260,4 @@ def evaluate_run(
             "choose one with --split, or --split all."
         )
     validation = part("val") if own_table else None
-    where = data.device
-    return evaluate_rules(head.to(where), blind.to(where) if blind else None, chosen, validation)
+    return head.to(data.device), blind.to(data.device) if blind else None, chosen, validation

@@ -10,22 +10,35 @@ from pathlib import Path
 
 import pytest
 import typer
+from palcache_cli.verbs import VERBS
 
 import palcache
 from tests.cli.conftest import EXECUTABLE, Invoke
+from tests.commands import walk_commands
 
+CLI = Path(__file__).resolve().parents[2] / "cli"
 HEAVY = {"torch", "numpy", "transformers", "sentence_transformers", "h5py", "pyarrow", "matplotlib", "scipy"}
-COMMANDS = (("embed",), ("train-head",), ("evaluate",), ("demo",), ("cache",), ("cache", "info"), ("cache", "verify"))
+COMMANDS = dict(walk_commands())
+GROUPS = {names for names, command in COMMANDS.items() if hasattr(command, "commands")}
 
 
-def test_help_names_every_command(invoke: Invoke) -> None:
+def test_help_names_every_command_in_a_whole_line(invoke: Invoke) -> None:
     result = invoke("--help")
     assert result.exit_code == 0
-    for (command,) in (names for names in COMMANDS if len(names) == 1):
-        assert command in result.stdout
+    lines = [line.split(maxsplit=1) for line in result.stdout.partition("Commands:")[2].splitlines() if line]
+    assert [name for name, _ in lines] == [names[0] for names in COMMANDS if len(names) == 1]
+    assert all(said.endswith(".") and not said.endswith("...") for _, said in lines)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def test_every_module_of_a_command_is_found() -> None:
+    """A verb's file that is not listed could not be reached."""
+    files = {path.stem for path in CLI.glob("*.py") if "@reports_errors" in path.read_text(encoding="utf-8")}
+    assert files == {module for module, _ in VERBS.values()} | {"cache_care"}
+    assert len(COMMANDS) >= 22
+    assert {("cache",), ("checkpoint",)} == GROUPS
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 @pytest.mark.parametrize("option", ["-h", "--help"])
 def test_every_command_has_help(invoke: Invoke, command: tuple[str, ...], option: str) -> None:
     result = invoke(*command, option)
@@ -34,27 +47,49 @@ def test_every_command_has_help(invoke: Invoke, command: tuple[str, ...], option
     assert result.stderr == ""
 
 
-@pytest.mark.parametrize("command", [names for names in COMMANDS if names != ("cache",)])
+@pytest.mark.parametrize("command", [names for names in COMMANDS if names not in GROUPS], ids=" ".join)
 def test_every_command_has_json(invoke: Invoke, command: tuple[str, ...]) -> None:
     assert "--json" in invoke(*command, "--help").stdout
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["embed", "--help"], ["train-head", "--help"], ["--version"]])
-def test_help_imports_nothing_heavy_and_is_quick(arguments: list[str]) -> None:
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     script = (
         "import sys, json\nfrom palcache_cli.app import main\n"
         f"sys.argv = ['palcache', *{arguments!r}]\n"
         "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code\n"
         "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})), file=sys.stderr)"
     )
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
     assert not HEAVY & set(json.loads(done.stderr.splitlines()[-1]))
-    assert (
-        after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
-    )  # seconds of CPU; torch alone takes 2
+
+
+def cpu_seconds(*arguments: str) -> float:
+    """Return the least CPU time that Python took for this in three tries."""
+    found = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, *arguments], capture_output=True, check=True, timeout=60)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        found.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(found)
+
+
+def test_help_takes_little_more_than_importing_typer() -> None:
+    """0.3 s is the goal; a slow machine is slow at both. With all verbs imported and rich it was four times typer alone."""
+    typer_alone, taken = cpu_seconds("-c", "import typer"), cpu_seconds("-m", "palcache_cli", "--help")
+    assert taken < max(0.3, 2 * typer_alone)
+
+
+def test_help_imports_no_verb() -> None:
+    script = (
+        "import sys\nfrom palcache_cli.app import app\n"
+        "try:\n    app(['--help'])\nexcept SystemExit:\n    pass\n"
+        "print(*(name for name in sys.modules if name.startswith(('palcache_cli.', 'rich'))), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert set(done.stderr.split()) == {"palcache_cli.app", "palcache_cli.failures", "palcache_cli.verbs"}
 
 
 def test_version(invoke: Invoke) -> None:
@@ -71,6 +106,7 @@ def test_without_arguments_the_help_is_shown(invoke: Invoke) -> None:
     ("arguments", "message"),
     [
         (["nonsense"], "No such command"),
+        (["evalute"], "Did you mean 'evaluate'?"),
         (["train-head"], "Missing argument"),
         (["evaluate", "RUN"], "Missing option"),
         (["embed", "x.jsonl", "--cache", "c", "--ties", "maybe"], "--ties"),
@@ -126,8 +162,9 @@ def test_exit_codes_reach_the_shell(tmp_path: Path) -> None:
 
 def test_the_app_is_the_one_in_the_repository(app: typer.Typer) -> None:
     """A stale installation elsewhere would be tested for nothing."""
-    callback = app.registered_commands[0].callback
+    assert app.registered_callback is not None
+    callback = app.registered_callback.callback
     assert callback is not None
     file = sys.modules[callback.__module__].__file__
     assert file is not None
-    assert Path(file).resolve().parent == Path(__file__).resolve().parents[2] / "cli"
+    assert Path(file).resolve().parent == CLI

@@ -35,9 +35,11 @@ def test_json_repeats_what_training_found(invoke: Invoke, cache: Path, run: RunR
     assert result.stderr == ""
     values = json.loads(result.stdout)
     trained = json.loads((run.path / "metrics.json").read_bytes())
-    assert values.keys() == {"run", "seconds", "test", "yardsticks"}
-    assert values["test"] == trained["test"]
-    assert values["yardsticks"]["longer"]["test"] == trained["yardsticks"]["longer"]["test"]
+    assert values.keys() == {"run", "seconds", "test", "val", "yardsticks"}
+    for split in ("test", "val"):
+        assert values[split] == trained[split]
+        assert {"micro", "macro"} <= values[split]["accuracy"].keys()
+        assert values["yardsticks"]["longer"][split] == trained["yardsticks"]["longer"][split]
     assert values["seconds"] > 0
 
 
@@ -45,7 +47,7 @@ def test_json_repeats_what_training_found(invoke: Invoke, cache: Path, run: RunR
 def test_a_split_names_its_numbers(invoke: Invoke, cache: Path, run: RunResult, split: str) -> None:
     values = json.loads(invoke("evaluate", run.path, "--cache", cache, "--split", split, "--json").stdout)
     assert values[split]["n"] > 40
-    assert set(values["yardsticks"]["user_blind"]) == {split}
+    assert set(values["yardsticks"]["user_blind"]) == {split, "val"}
 
 
 def test_people_read_a_table(invoke: Invoke, cache: Path, run: RunResult) -> None:
@@ -70,7 +72,9 @@ def test_one_user_has_no_interval(invoke: Invoke, run: RunResult, tmp_path: Path
     rows, encoder = planted_rows()
     cache = make_cache(tmp_path / "cache", [row for row in rows if row["user_id"] == "user 3"], encoder).path
     result = invoke("evaluate", run.path, "--cache", cache, "--json")
-    assert json.loads(result.stdout)["test"]["accuracy"]["interval"]["micro"] is None
+    values = json.loads(result.stdout)
+    assert values["test"]["accuracy"]["interval"]["micro"] is None
+    assert "val" not in values  # another table's validation comparisons say nothing of this run
     assert "nan" not in invoke("evaluate", run.path, "--cache", cache).stdout
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from palcache.configs import FitConfig, HeadConfig
-from palcache.errors import InputError, PalcacheError
+from palcache.errors import CacheError, InputError, PalcacheError
 from palcache.evaluation import Evaluation
 from palcache.metrics import Estimate
 from palcache.pages import markup
@@ -268,6 +268,27 @@ def test_a_sweep_of_300_heads_is_small_and_quick(browser: Browser, tmp_path: Pat
     lines = "return document.querySelectorAll('[data-chart=all-curves] .layer_0_marks path').length"
     assert browser.run(lines) == 300
     assert "lowest loss" in browser.hover("all-curves", ".mark-symbol path")
+
+
+def test_new_users_of_a_sweep_are_a_chart_with_intervals(tmp_path: Path) -> None:
+    for seed in range(2):
+        make_run(tmp_path / "runs" / f"s{seed}", fit=FitConfig(seed=seed))
+    write_page(tmp_path, tmp_path / "page.html")
+    assert "new-users" not in charts_of(tmp_path / "page.html")
+    (tmp_path / "new_users.csv").write_text("shots,accuracy_mean,accuracy_sd,heads\n0,0.5,0.0,2\n10,0.75,0.125,2\n")
+    write_page(tmp_path, tmp_path / "page.html")
+    spread, line = charts_of(tmp_path / "page.html")["new-users"]["layer"]
+    assert line["data"]["values"] == [
+        {"shots": 0, "accuracy": 0.5, "low": 0.5, "high": 0.5, "heads": 2},
+        {"shots": 10, "accuracy": 0.75, "low": 0.625, "high": 0.875, "heads": 2},
+    ]
+    assert (spread["encoding"]["y"]["field"], spread["encoding"]["y2"]["field"]) == ("low", "high")
+    assert "0.6250 to 0.8750" in "".join(read(tmp_path / "page.html").words)
+    (tmp_path / "new_users.csv").write_text("shots,accuracy_mean,heads\n0,0.5,2\n")
+    with pytest.raises(
+        CacheError, match=r"new_users.csv is damaged \(KeyError.*run palcache sweep with --new-comparisons"
+    ):
+        write_page(tmp_path, tmp_path / "page.html")
 
 
 @needs_charts
