@@ -17,6 +17,8 @@ from palcache.errors import InputError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 KEPT_BYTES: Final = 1 << 30
+_NO_MEMORY: Final = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
+"""What errors say that are no `OutOfMemoryError`: of the CPU, of MPS and of CUDA's own calls, of cuBLAS and cuDNN."""
 _TRIM_THRESHOLD: Final = -1
 _MMAP_THRESHOLD: Final = -3
 """Options of glibc's `mallopt`, as in malloc.h."""
@@ -70,6 +72,19 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return min(_available_memory(), _left_by_limits())
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error says that the memory of a device, or of the system, did not suffice."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(mark in str(error) for mark in _NO_MEMORY)
+
+
+def free_cached_memory() -> None:
+    """Give back what torch keeps of freed tensors."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def _available_memory() -> int:

@@ -9,8 +9,8 @@ from typing import Final
 
 import torch
 
-from palcache.devices import free_memory
-from palcache.errors import NumericsError, PalcacheWarning
+from palcache.devices import free_cached_memory, free_memory, is_out_of_memory
+from palcache.errors import InputError, NumericsError, PalcacheError, PalcacheWarning
 from palcache.fits import FitProgress, FitResult
 from palcache.objectives import TrainingData
 from palcache.stacks import Member, StackProgress, fit_stack
@@ -60,7 +60,8 @@ def _rates(member: Member) -> tuple[float | str, ...]:
 def heads_that_fit(member: Member, train: TrainingData) -> int:
     """Return how many heads of a kind fit the memory of the data's device by estimate, at least one."""
     shape, n = member.shape, min(member.config.batch_size, len(train))
-    values = sum(value.numel() for value in shape.initial(torch.Generator().manual_seed(0)).values())
+    with torch.device("meta"):  # sizes alone: what fits no memory is found out where it is trained
+        values = sum(value.numel() for value in shape.initial(torch.Generator("cpu")).values())
     rows, width = n * (2 + shape.k), int(getattr(shape, "p", 1))
     needed = 4 * (_STATES * values + rows * (shape.d + _ACTIVATIONS * width))
     most = int(MEMORY_SHARE * free_memory(train.device)) // needed
@@ -73,8 +74,10 @@ def fit_members(
     val: TrainingData,
     *,
     on_progress: Callable[[StackProgress], None] | None = None,
-) -> list[FitResult | NumericsError]:
+) -> list[FitResult | PalcacheError]:
     """Train a stack; where memory runs out, train its halves one after the other, and say so once.
+
+    A head that does not fit the memory alone, or cannot be solved, gets its error in its place.
 
     Args:
         members: of one kind; a single one is trained by `fit`.
@@ -86,10 +89,12 @@ def fit_members(
         return [_fit_alone(members[0], train, val, on_progress)]
     assert isinstance(train, PreferenceData) and isinstance(val, PreferenceData)  # noqa: S101, PT018 - see `plan_stacks`
     try:
-        return fit_stack(members, train, val, on_progress=on_progress)
-    except torch.OutOfMemoryError:
-        half = len(members) // 2
-    torch.cuda.empty_cache()
+        return [*fit_stack(members, train, val, on_progress=on_progress)]
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    free_cached_memory()  # here the error is gone, and with it the frames that hold the stack's tensors
+    half = len(members) // 2
     warnings.warn(  # the text is the same each time, so that it is shown once
         f"Not all heads of a kind fit the memory of {train.device} at once; smaller groups are trained.",
         PalcacheWarning,
@@ -104,7 +109,7 @@ def _fit_alone(
     train: TrainingData,
     val: TrainingData,
     on_progress: Callable[[StackProgress], None] | None,
-) -> FitResult | NumericsError:
+) -> FitResult | PalcacheError:
     def relay(event: FitProgress) -> None:
         if on_progress:
             on_progress(StackProgress(event.row.step, event.steps, 1, ()))
@@ -113,3 +118,19 @@ def _fit_alone(
         return fit(member.shape, train, val, member.config, on_progress=relay)
     except NumericsError as error:
         return error
+    except torch.linalg.LinAlgError as error:
+        return NumericsError(f"The head cannot be solved on these comparisons ({error}); choose another --head.")
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    free_cached_memory()
+    return no_room(member, train.device)
+
+
+def no_room(member: Member, device: torch.device) -> InputError:
+    """Return the error of a head that does not fit the memory of a device."""
+    width = f"p = {p} and " if (p := getattr(member.shape, "p", None)) else ""
+    return InputError(
+        f"A head of {width}batch_size = {member.config.batch_size} does not fit the memory of {device}; lower p or "
+        "batch_size."
+    )

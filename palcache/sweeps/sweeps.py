@@ -27,7 +27,7 @@ import torch
 from palcache.cache import Cache
 from palcache.checkpoints import TrainedHead, load_head
 from palcache.configs import FitConfig, HeadConfig, UnknownUsers
-from palcache.devices import parse_devices, resolve_device
+from palcache.devices import free_cached_memory, is_out_of_memory, parse_devices, resolve_device
 from palcache.errors import InputError, PalcacheError
 from palcache.fits import Course, FitResult
 from palcache.heads import Parameters, blind_config, build_head
@@ -39,7 +39,7 @@ from palcache.stacks import Member, StackProgress
 from palcache.storage.comparison_files import StoredComparisons
 from palcache.sweeps.folders import SweepHead, SweepResult, Trial, open_sweep, write_results
 from palcache.sweeps.grids import Grid
-from palcache.sweeps.plans import fit_members, plan_stacks
+from palcache.sweeps.plans import fit_members, no_room, plan_stacks
 from palcache.tensors import PreferenceData
 from palcache.token_batches import TokenData
 
@@ -262,12 +262,12 @@ class _Sweep:
             kept = {fit for one in self._pending for fit in (one.own, one.blind)}
             self._fitted = {fit: found for fit, found in self._fitted.items() if fit in kept}
         for pending, ended in ready:
-            run = None if isinstance(ended, PalcacheError) else self._write(pending, *ended, device)
+            found = ended if isinstance(ended, PalcacheError) else self._write(pending, *ended, device)
             with self._lock:
-                if run is not None:
-                    self._results[pending.trial.name] = run
+                if isinstance(found, PalcacheError):
+                    self._errors[pending.trial.name] = str(found)
                 else:
-                    self._errors[pending.trial.name] = str(ended)
+                    self._results[pending.trial.name] = found
             self._report()
 
     def _has_ended(self, pending: _Pending) -> bool:
@@ -282,8 +282,8 @@ class _Sweep:
             return type(blind)(f"The user-blind yardstick failed: {blind}")
         return own, self._blind[pending.blind] if blind is None else blind.parameters
 
-    def _write(self, pending: _Pending, fitted: FitResult, blind: Parameters, device: str) -> RunResult:
-        """Write a head's run folder."""
+    def _write(self, pending: _Pending, fitted: FitResult, blind: Parameters, device: str) -> RunResult | PalcacheError:
+        """Write a head's run folder, or return why its evaluation does not fit the memory."""
         trial, splits = pending.trial, self._splits(pending.own, device)
         data = splits["train"].data
 
@@ -295,7 +295,13 @@ class _Sweep:
         head = trained(trial.head, fitted.parameters)
         yardstick = head if pending.blind == pending.own else trained(blind_config(trial.head), blind)
         begin_run(trial.path, trial.about)
-        return finish_run(trial.path, head, yardstick, fitted, splits, picture=False)
+        try:
+            return finish_run(trial.path, head, yardstick, fitted, splits, picture=False)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        free_cached_memory()
+        return no_room(pending.own.member(data), data.device)
 
 
 @final

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import torch
 
 from palcache.cache import Cache
 from palcache.configs import FitConfig, HeadConfig
-from palcache.errors import CacheError, InputError, MismatchError, PalcacheWarning
+from palcache.errors import CacheError, InputError, MismatchError, NumericsError, PalcacheWarning
 from palcache.heads import build_head
 from palcache.runs.trainings import evaluate_run, load_run, train_run
 from palcache.stacks import Member, fit_stack
@@ -296,6 +297,45 @@ def test_without_memory_groups_are_halved_and_that_is_said_once(monkeypatch: pyt
         found = fit_members(members(8), train, val)
     assert sizes == [8, 4, 2, 2, 4, 2, 2]
     assert len(found) == 8
+
+
+def test_a_head_that_fits_no_memory_fails_alone(cache: Cache, tmp_path: Path) -> None:
+    found = run_sweep(cache, tmp_path / "sweep", parse_grid(f"{QUICK} k=2".replace("p=4", "p=4,2000000")), device="cpu")
+    assert [head.run is None for head in found.heads] == [False, True]
+    assert found.heads[1].error == (
+        "A head of p = 2000000 and batch_size = 32 does not fit the memory of cpu; lower p or batch_size."
+    )
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "message"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory"),
+            InputError,
+            r"^A head of p = 4 and .* memory of cpu; lower p or",
+        ),
+        (MemoryError(), InputError, "does not fit the memory of cpu"),
+        (
+            torch.linalg.LinAlgError("not converged"),
+            NumericsError,
+            r"cannot be solved .*\(not converged\); choose another",
+        ),
+    ],
+)
+def test_what_breaks_one_head_is_its_error(
+    monkeypatch: pytest.MonkeyPatch, raised: Exception, kind: type[Exception], message: str
+) -> None:
+    def broken(*_args: object, **_options: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(stack_plans, "fit", broken)
+    (found,) = fit_members(members(1), make_data(60, 5, 7), make_data(30, 5, 7))
+    assert isinstance(found, kind)
+    assert re.search(message, str(found))
+    raised = ValueError("a mistake")
+    with pytest.raises(ValueError, match="a mistake"):
+        fit_members(members(1), make_data(60, 5, 7), make_data(30, 5, 7))
 
 
 def test_new_users_are_adapted_on_every_head_that_can(tmp_path: Path) -> None:
