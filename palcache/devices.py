@@ -44,8 +44,10 @@ def resolve_device(device: str) -> torch.device:
     return found
 
 
-def parse_devices(text: str) -> list[str]:
+def parse_devices(text: str, *, option: str = "--devices") -> list[str]:
     """Return the devices in `cuda:0,cuda:1` or `cpu:2`, one per worker: `cpu:2` stands for two workers on the CPU.
+
+    `option` is what people gave them with.
 
     Raises:
         InputError: the list is empty, names a device twice, or one that is not on this machine.
@@ -55,15 +57,15 @@ def parse_devices(text: str) -> list[str]:
         kind, _, count = part.partition(":")
         if kind == "cpu" and count:
             if not count.isdigit() or int(count) < 1:
-                raise InputError(f"Got --devices {part}; expected cpu:N with N workers of at least 1.")
+                raise InputError(f"Got {option} {part}; expected cpu:N with N workers of at least 1.")
             devices += ["cpu"] * int(count)
         else:
             devices.append(str(resolve_device(part)))
     if not devices:
-        raise InputError(f"Got --devices {text!r}; expected devices such as cuda:0,cuda:1 or cpu:2.")
+        raise InputError(f"Got {option} {text!r}; expected devices such as cuda:0,cuda:1 or cpu:2.")
     twice = sorted({device for device in devices if device != "cpu" and devices.count(device) > 1})
     if twice:
-        raise InputError(f"Got --devices {text} with {', '.join(twice)} twice; name each GPU once.")
+        raise InputError(f"Got {option} {text} with {', '.join(twice)} twice; name each GPU once.")
     return devices
 
 

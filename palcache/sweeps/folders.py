@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, final
@@ -15,15 +16,17 @@ from palcache.cache import Cache
 from palcache.configs import FitConfig, HeadConfig, SplitConfig, UnknownUsers
 from palcache.errors import CacheError, InputError, MismatchError
 from palcache.evaluation import Evaluation
-from palcache.files import read_json, write_bytes, write_json
+from palcache.files import holds_nothing, read_json, write_bytes, write_json
 from palcache.fingerprints import digest
 from palcache.runs.folders import RunResult, describe_run, evaluations_to_dict
 from palcache.runs.inputs import check_vectors, spaces_for
 from palcache.storage.comparison_files import StoredComparisons
+from palcache.storage.locks import holding
 from palcache.sweeps.grids import KEYS, SPLIT_SEED, Grid, Params, configs_of
 
 FORMAT: Final = "palcache-sweep"
 VERSION: Final = 1
+_LOCK: Final = ".lock"
 _LONGEST: Final = 100
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9.+-]+")
 _ALWAYS: Final = ("k", "seed")
@@ -141,6 +144,25 @@ class SweepResult:
         return {"sweep": str(self.path), "heads": [head.to_dict() for head in self.heads]}
 
 
+@contextlib.contextmanager
+def holding_sweep(path: Path) -> Iterator[None]:
+    """Hold a sweep's folder alone; no lock is left in a folder that is something else.
+
+    Raises:
+        InputError: the folder is something else, or another process trains the sweep.
+        CacheError: `sweep.json` is damaged, or of another format or version.
+        StorageError: the folder cannot be written, or its file system has no locks.
+    """
+    _read(path)
+    with holding(path / _LOCK) as held:
+        if not held:
+            raise InputError(
+                f"The sweep {path} is being trained by another process; wait for it to end, or name another folder with "
+                "--sweep."
+            )
+        yield
+
+
 def open_sweep(
     cache: Cache,
     path: Path,
@@ -187,7 +209,7 @@ def open_sweep(
 
 def _read(path: Path) -> dict[str, Any]:
     """Return what a sweep's folder says; nothing where there is none yet."""
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    if not path.exists() or (path.is_dir() and holds_nothing(path, but=(_LOCK,))):
         return {}
     if not (path / "sweep.json").is_file():
         raise InputError(f"{path} exists and is no sweep; name a new folder with --sweep.")

@@ -37,7 +37,7 @@ from palcache.runs.inputs import RunSplit, load_splits, load_vectors, resplit
 from palcache.runs.trainings import is_blind
 from palcache.stacks import Member, StackProgress
 from palcache.storage.comparison_files import StoredComparisons
-from palcache.sweeps.folders import SweepHead, SweepResult, Trial, open_sweep, write_results
+from palcache.sweeps.folders import SweepHead, SweepResult, Trial, holding_sweep, open_sweep, write_results
 from palcache.sweeps.grids import Grid
 from palcache.sweeps.plans import fit_members, no_room, plan_stacks
 from palcache.tensors import PreferenceData
@@ -118,19 +118,21 @@ def run_sweep(  # noqa: PLR0913 - keyword-only options
         on_progress: called after each evaluation of a stack and each head, from any thread.
 
     Raises:
-        InputError: the folder is something else, the table has an empty split, or one user alone.
+        InputError: a device or `jobs` cannot be, the folder is something else or in another process's hands, the table has
+            an empty split, or one user alone.
         MismatchError: the sweep was made on another table, other vectors or another state of them.
     """
-    stored = cache.comparisons(comparisons)
-    trials = open_sweep(cache, path, grid, stored, space=space, unknown_users=unknown_users)
-    devices = parse_devices(device) if "," in device else [str(resolve_device(device))]
+    devices = parse_devices(device, option="--device") if "," in device else [str(resolve_device(device))]
     if jobs is not None and jobs < 1:
         raise InputError(f"Got jobs = {jobs}; expected at least 1.")
     if jobs is None:
         jobs = torch.get_num_threads() if devices == ["cpu"] else len(devices)
-    sweep = _Sweep(cache, stored, trials, unknown_users, on_progress)
-    sweep.train(devices, jobs)
-    return write_results(path, [sweep.head(trial) for trial in trials])
+    stored = cache.comparisons(comparisons)
+    with holding_sweep(path):
+        trials = open_sweep(cache, path, grid, stored, space=space, unknown_users=unknown_users)
+        sweep = _Sweep(cache, stored, trials, unknown_users, on_progress)
+        sweep.train(devices, jobs)
+        return write_results(path, [sweep.head(trial) for trial in trials])
 
 
 class _Stopped(Exception):  # noqa: N818 - nothing went wrong

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from palcache.errors import CacheError, InputError, MismatchError, NumericsError
 from palcache.heads import build_head
 from palcache.runs.trainings import evaluate_run, load_run, train_run
 from palcache.stacks import Member, fit_stack
+from palcache.storage.locks import holding
 from palcache.sweeps import plans as stack_plans
 from palcache.sweeps import sweeps
 from palcache.sweeps.adapted import adapt_sweep
@@ -224,6 +226,12 @@ def test_other_tables_folders_and_settings_are_refused(cache: Cache, tmp_path: P
         sweep(cache, tmp_path / "new", "k=0")
     with pytest.raises(InputError, match=r"Got jobs = 0; expected at least 1"):
         sweep(cache, tmp_path / "new", "k=2", jobs=0)
+    with pytest.raises(InputError, match=r"^Got --device cpu:0; expected cpu:N"):
+        sweep(cache, tmp_path / "newer", "k=2", device="cpu:0,cpu")
+    assert not (tmp_path / "newer").exists()
+    assert [entry.name for entry in (tmp_path / "taken").iterdir()] == ["file"]
+    with holding(path / ".lock"), pytest.raises(InputError, match=r"is being trained by another process; wait for it"):
+        sweep(cache, path, "k=2")
     found = json.loads((path / "sweep.json").read_bytes())
     (path / "sweep.json").write_text(json.dumps({**found, "version": 9}))
     with pytest.raises(CacheError, match="is of format palcache-sweep version 9; expected palcache-sweep 1"):
@@ -254,6 +262,18 @@ def test_a_killed_sweep_goes_on_to_the_same_table(cache: Cache, tmp_path: Path) 
     assert {run: (run / "metrics.json").stat().st_mtime_ns for run in complete} == before
     assert [head.name for head in resumed.heads] == [head.name for head in whole.heads]
     assert (path / "results.csv").read_bytes() == (tmp_path / "whole" / "results.csv").read_bytes()
+
+
+def test_temporary_files_of_a_killed_process_do_not_make_a_folder_something_else(cache: Cache, tmp_path: Path) -> None:
+    first, path = sweep(cache, tmp_path / "first", "k=2").heads[0], tmp_path / "sweep"
+    for folder, name in ((path, ".sweep.json.4711.tmp"), (path / "runs" / first.name, ".config.json.4711.tmp")):
+        folder.mkdir(parents=True)
+        (folder / name).touch()
+        if folder != path:
+            (path / "sweep.json").write_bytes((tmp_path / "first" / "sweep.json").read_bytes())
+            (folder / "logs").mkdir()
+        assert sweep(cache, path, "k=2").heads[0].error is None
+        shutil.rmtree(path)
 
 
 def test_an_interrupted_sweep_keeps_what_is_complete(cache: Cache, tmp_path: Path) -> None:
