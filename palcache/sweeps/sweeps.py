@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import functools
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, final
@@ -28,14 +29,14 @@ from palcache.cache import Cache
 from palcache.checkpoints import TrainedHead, load_head
 from palcache.configs import FitConfig, HeadConfig, UnknownUsers
 from palcache.devices import free_cached_memory, is_out_of_memory, parse_devices, resolve_device
-from palcache.errors import InputError, PalcacheError
+from palcache.errors import InputError, PalcacheError, PalcacheWarning
 from palcache.fits import Course, FitResult
 from palcache.heads import Parameters, blind_config, build_head
 from palcache.objectives import TrainingData
 from palcache.runs.folders import RunResult, begin_run, finish_run, is_complete, load_run
 from palcache.runs.inputs import RunSplit, load_splits, load_vectors, resplit
 from palcache.runs.trainings import is_blind
-from palcache.stacks import Member, StackProgress
+from palcache.stacks import Member
 from palcache.storage.comparison_files import StoredComparisons
 from palcache.sweeps.folders import SweepHead, SweepResult, Trial, holding_sweep, open_sweep, write_results
 from palcache.sweeps.grids import Grid
@@ -163,7 +164,8 @@ class _Sweep:
         self._fitted: dict[_Fit, FitResult | PalcacheError] = {}
         self._vectors: dict[tuple[bool, str | None, str], PreferenceData | TokenData] = {}
         self._data: dict[tuple[*_Source, str], Mapping[str, RunSplit]] = {}
-        self._heads, self._steps, self._all_steps = len(trials), [0.0], 1.0
+        self._heads, self._steps, self._all_steps = len(trials), [0], 1
+        self._said = False
 
     def head(self, trial: Trial) -> SweepHead:
         """Return what became of a head."""
@@ -172,7 +174,7 @@ class _Sweep:
 
     def train(self, devices: Sequence[str], jobs: int) -> None:
         """Train what is pending."""
-        queue = deque(self._plan(devices[0], jobs))
+        queue = deque(self._plan(devices, jobs))
         if jobs == 1 or len(queue) < 2:
             self._work(queue, devices[0])
             return
@@ -181,16 +183,17 @@ class _Sweep:
         pool = ThreadPoolExecutor(jobs, "palcache-job", initializer=torch.set_num_threads, initargs=(share,))
         try:
             work = [pool.submit(self._work, queue, devices[number % len(devices)]) for number in range(jobs)]
-            for job in work:
+            done, _ = wait(work, return_when=FIRST_EXCEPTION)
+            for job in done:  # all of them, or those that went wrong before the others were told to stop
                 job.result()
         finally:
             self._stopped.set()
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)  # a worker's share becomes the default of the process
 
-    def _plan(self, device: str, jobs: int) -> list[list[_Fit]]:
+    def _plan(self, devices: Sequence[str], jobs: int) -> list[list[_Fit]]:
         """Return the stacks to be trained, yardsticks first: runs are complete only with theirs."""
-        blind = {pending.blind for pending in self._pending} - self._blind.keys()
+        device, blind = devices[0], {pending.blind for pending in self._pending} - self._blind.keys()
         groups: dict[_Source, list[_Fit]] = {}
         needed = [*(p.blind for p in self._pending if p.blind in blind), *(p.own for p in self._pending)]
         for fit in dict.fromkeys(needed):
@@ -205,7 +208,8 @@ class _Sweep:
                 self._fitted.update(dict.fromkeys(fits, error))
                 continue
             members = [fit.member(train) for fit in fits]
-            stacks += [[fits[i] for i in numbers] for numbers in plan_stacks(members, train, jobs=jobs)]
+            planned = plan_stacks(members, train, jobs=jobs, devices=devices)
+            stacks += [[fits[i] for i in numbers] for numbers in planned]
             self._all_steps += sum(Course.of(fit.fit, len(train)).steps for fit in fits)
         self._complete(device)
         return sorted(stacks, key=blind.isdisjoint)
@@ -234,20 +238,27 @@ class _Sweep:
             splits = self._splits(stack[0], device)
             train, val = splits["train"].data, splits["val"].data
             with self._lock:
-                self._steps.append(0.0)
-                relay = functools.partial(self._note, len(self._steps) - 1, len(stack))
-            found = fit_members([fit.member(train) for fit in stack], train, val, on_progress=relay)
+                self._steps.append(0)
+                relay = functools.partial(self._note, len(self._steps) - 1)
+            members = [fit.member(train) for fit in stack]
+            found = fit_members(members, train, val, on_steps=relay, on_halves=self._say_once)
             with self._lock:
                 self._fitted.update(zip(stack, found, strict=True))
             self._complete(device)
 
-    def _note(self, stack: int, heads: int, event: StackProgress) -> None:
-        """Count the steps of a stack; heads that stopped early count as if they had taken them all."""
+    def _say_once(self, text: str) -> None:
+        """Warn of what every stack may run into, once."""
+        with self._lock:
+            said, self._said = self._said, True
+        if not said:
+            warnings.warn(text, PalcacheWarning, stacklevel=2)
+
+    def _note(self, stack: int, steps: int) -> None:
+        """Count the steps of a stack."""
         if self._stopped.is_set():
             raise _Stopped
-        ended = heads - event.heads
         with self._lock:
-            self._steps[stack] = float(event.heads * event.step + ended * event.steps)
+            self._steps[stack] = steps
         self._report()
 
     def _report(self) -> None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from palcache.sweeps.sweeps import SweepProgress, SweepResult, run_sweep
 from tests.building import make_data
 from tests.worlds import files_of, make_cache, planted_rows
 
+LINALG_ERROR = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 QUICK = "p=4 projector=mlp1-relu-dropout1 epochs=2 batch_size=32 evaluations=3 "
 
 
@@ -305,6 +307,15 @@ def test_groups_fit_the_memory_and_keep_jobs_busy(monkeypatch: pytest.MonkeyPatc
     assert [len(stack) for stack in plan_stacks(members(10), data, jobs=4)] == [5, 5]
     monkeypatch.setattr(stack_plans, "HEADS_ON_CPU", 16)
     assert [len(stack) for stack in plan_stacks(members(40), data)] == [13, 13, 14]
+    monkeypatch.setattr(stack_plans, "HEADS_PER_JOB", 40)
+    monkeypatch.setattr(stack_plans, "HEADS_ON_CPU", 40)
+    monkeypatch.setattr(stack_plans, "free_memory", lambda device: 640_000 if device.type == "cpu" else 160_000)
+    alone = len(plan_stacks(members(40), data))
+    assert len(plan_stacks(members(40), data, jobs=4)) >= 4 * alone
+    assert len(plan_stacks(members(40), data, jobs=4, devices=["cpu"] * 4)) == len(
+        plan_stacks(members(40), data, jobs=4)
+    )
+    assert len(plan_stacks(members(40), data, jobs=2, devices=["cpu", "cuda:0"])) > 2 * alone
     monkeypatch.setattr(stack_plans, "free_memory", lambda _device: 1)
     assert [len(stack) for stack in plan_stacks(members(3), data)] == [1, 1, 1]
 
@@ -321,10 +332,44 @@ def test_without_memory_groups_are_halved_and_that_is_said_once(monkeypatch: pyt
 
     monkeypatch.setattr(stack_plans, "fit_stack", narrow)
     train, val = make_data(60, 5, 7), make_data(30, 5, 7)
+    steps: list[int] = []
     with pytest.warns(PalcacheWarning, match="Not all heads of a kind fit the memory of cpu at once"):
-        found = fit_members(members(8), train, val)
+        found = fit_members(members(8), train, val, on_steps=steps.append)
     assert sizes == [8, 4, 2, 2, 4, 2, 2]
     assert len(found) == 8
+    assert steps == [8, 16, 24, 32, 40, 48, 56, 64], "four pairs, two evaluations each, 8 steps a head"
+
+
+def test_a_sweep_says_once_that_groups_are_smaller(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_data: Any, **_options: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(stack_plans, "fit_stack", full)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        result = sweep(cache, tmp_path / "sweep", "k=2,3 seed=0:3", jobs=2)
+    assert [str(one.message).partition(" at once")[0] for one in said if one.category is PalcacheWarning] == [
+        "Not all heads of a kind fit the memory of cpu"
+    ]
+    assert not result.failed
+
+
+def test_an_error_of_one_job_stops_the_others(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[float] = []
+
+    def broken(members: Sequence[Member], *data: Any, **options: Any) -> Any:
+        begun.append(time.monotonic())
+        if len(begun) == 2:
+            raise ValueError("a mistake")
+        time.sleep(0.3)
+        return fit_members(members, *data, **options)
+
+    monkeypatch.setattr(sweeps, "fit_members", broken)
+    with pytest.raises(ValueError, match="a mistake"):
+        sweep(cache, tmp_path / "sweep", "k=2,3,4,5,6", jobs=2)
+    assert len(begun) == 2
 
 
 def test_a_head_that_fits_no_memory_fails_alone(cache: Cache, tmp_path: Path) -> None:
@@ -345,7 +390,7 @@ def test_a_head_that_fits_no_memory_fails_alone(cache: Cache, tmp_path: Path) ->
         ),
         (MemoryError(), InputError, "does not fit the memory of cpu"),
         (
-            torch.linalg.LinAlgError("not converged"),
+            LINALG_ERROR("not converged"),
             NumericsError,
             r"cannot be solved .*\(not converged\); choose another",
         ),
