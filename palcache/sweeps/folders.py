@@ -82,12 +82,17 @@ class SweepHead:
     run: RunResult | None
     error: str | None
 
+    @property
+    def seconds(self) -> float | None:
+        """Wall time of training the head; None where it was not trained in this call."""
+        return self.run.seconds if self.run and self.run.fitted else None
+
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values: `params`, `seconds`, `val`, `test` and `yardsticks`, or `error`."""
+        """Return JSON values: `params`, `seconds` (may be null), `val`, `test` and `yardsticks`, or `error`."""
         about = {"name": self.name, "run": str(self.path), "params": self.params}
         if self.run is None:
             return {**about, "error": self.error}
-        return {**about, "seconds": self.run.seconds, **evaluations_to_dict(self.run.evaluations)}
+        return {**about, "seconds": self.seconds, **evaluations_to_dict(self.run.evaluations)}
 
     def figures(self) -> dict[str, float | int | str | None]:
         """Return the numbers of a line of the table; none of a head that failed."""

@@ -5,6 +5,7 @@ SWEEP/
   sweep.json      the table and the spaces that all heads are trained on, and every head asked for so far
   runs/<name>/    a run folder per head, as `train-head` leaves it but for the picture
   results.csv     one line per head, yardsticks beside it; no wall times: the same heads give the same table
+  .lock           held by the process that trains the sweep
 ```
 
 Heads of one kind train as stacks. A head that is complete is not trained again, so a killed sweep goes on, and a grid
@@ -104,8 +105,9 @@ def run_sweep(  # noqa: PLR0913 - keyword-only options
 ) -> SweepResult:
     """Train every head of a grid that is not trained yet, and return all heads of the sweep.
 
-    Each head's losses and metrics equal those of `train_run` with its options up to the rounding of float32. A head whose
-    options cannot work or whose loss breaks is reported in its place, and the others go on.
+    Each head's losses and metrics equal those of `train_run` with its options up to the rounding of float32; now and then a
+    rounding decides on which side of zero a ReLU's input falls, and they part. A head whose options cannot work, which does
+    not fit the memory or whose loss breaks is reported in its place, and the others go on.
 
     Args:
         cache: the cache.

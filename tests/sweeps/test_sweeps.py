@@ -129,8 +129,9 @@ def test_more_values_train_what_is_new_and_nothing_again(cache: Cache, tmp_path:
     for head in second.heads[:2]:
         assert files_of(head.path) == before[head.name]
         assert (head.path / "metrics.json").stat().st_mtime_ns == times[head.name]
-        assert head.run is not None
-        assert head.run.seconds == 0
+        assert head.seconds is None
+        assert head.to_dict()["seconds"] is None
+    assert all(head.seconds for head in second.heads[2:])
     spelled = sweep(cache, tmp_path / "sweep", "k=2 seed=0 lr=1e-3")  # the default, written out
     assert len(spelled.heads) == 4
 
