@@ -216,4 +216,5 @@ def _print_summary(summary: EmbedSummary, cache: Path, *, plan: bool) -> None:
     for line in lines:
         typer.echo(line)
     if not plan:
-        say(f"next: palcache train-head {cache} --run RUN --k 2")
+        several = len(list(cache.glob("comparisons/*.h5"))) > 1
+        say(f"next: palcache train-head {cache} --run RUN --k 2{' --comparisons NAME' if several else ''}")

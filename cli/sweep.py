@@ -30,7 +30,7 @@ def sweep(
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="A TOML file: fixed, grid, zip, random, preset; --grid wins.", show_default=False),
+        typer.Option(help="A TOML file: fixed, grid, zip, random, new_users, preset; --grid wins.", show_default=False),
     ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="A published experiment: pal-groups, pal-few-shot.", show_default=False)
@@ -145,7 +145,7 @@ def _print_curve(adapted: AdaptedSweep | None) -> None:
     title = f"new users of {adapted.table}: accuracy by comparisons per user, over {len(adapted.curves)} heads"
     print_table(title, ["n", "mean", "sd", "heads"], rows)
     if adapted.skipped:
-        say(f"{len(adapted.skipped)} heads with one prototype or without cosine scores have no curve")
+        say(f"{len(adapted.skipped)} heads with one prototype or without mixtures of them have no curve")
 
 
 class _Reporter:

@@ -202,14 +202,15 @@ def _row(rule: str, options: Options, members: Sequence[RunRecord], split: str) 
     evaluations = [record.evaluations[split][rule] for record in members]
     metrics = {}
     for name in METRICS:
-        values = [value for evaluation in evaluations if (value := _value(evaluation, name)) is not None]
+        values = [value for evaluation in evaluations if (value := metric_of(evaluation, name)) is not None]
         if values:
             deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
             metrics[name] = Spread(float(np.mean(values)), deviation)
     return ContrastRow(rule, options, len(members), metrics, paths=tuple(record.path for record in members))
 
 
-def _value(evaluation: Evaluation, name: str) -> float | None:
+def metric_of(evaluation: Evaluation, name: str) -> float | None:
+    """Return one of `METRICS`; None where a rule has no probabilities."""
     if name in evaluation.accuracy:
         return evaluation.accuracy[name].value
     value: float | None = getattr(evaluation, name)

@@ -17,6 +17,8 @@ from palcache.errors import InputError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 KEPT_BYTES: Final = 1 << 30
+_NO_MEMORY: Final = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
+"""What errors say that are no `OutOfMemoryError`: of the CPU, of MPS and of CUDA's own calls, of cuBLAS and cuDNN."""
 _TRIM_THRESHOLD: Final = -1
 _MMAP_THRESHOLD: Final = -3
 """Options of glibc's `mallopt`, as in malloc.h."""
@@ -42,8 +44,10 @@ def resolve_device(device: str) -> torch.device:
     return found
 
 
-def parse_devices(text: str) -> list[str]:
+def parse_devices(text: str, *, option: str = "--devices") -> list[str]:
     """Return the devices in `cuda:0,cuda:1` or `cpu:2`, one per worker: `cpu:2` stands for two workers on the CPU.
+
+    `option` is what people gave them with.
 
     Raises:
         InputError: the list is empty, names a device twice, or one that is not on this machine.
@@ -53,15 +57,15 @@ def parse_devices(text: str) -> list[str]:
         kind, _, count = part.partition(":")
         if kind == "cpu" and count:
             if not count.isdigit() or int(count) < 1:
-                raise InputError(f"Got --devices {part}; expected cpu:N with N workers of at least 1.")
+                raise InputError(f"Got {option} {part}; expected cpu:N with N workers of at least 1.")
             devices += ["cpu"] * int(count)
         else:
             devices.append(str(resolve_device(part)))
     if not devices:
-        raise InputError(f"Got --devices {text!r}; expected devices such as cuda:0,cuda:1 or cpu:2.")
+        raise InputError(f"Got {option} {text!r}; expected devices such as cuda:0,cuda:1 or cpu:2.")
     twice = sorted({device for device in devices if device != "cpu" and devices.count(device) > 1})
     if twice:
-        raise InputError(f"Got --devices {text} with {', '.join(twice)} twice; name each GPU once.")
+        raise InputError(f"Got {option} {text} with {', '.join(twice)} twice; name each GPU once.")
     return devices
 
 
@@ -70,6 +74,19 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return min(_available_memory(), _left_by_limits())
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error says that the memory of a device, or of the system, did not suffice."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(mark in str(error) for mark in _NO_MEMORY)
+
+
+def free_cached_memory() -> None:
+    """Give back what torch keeps of freed tensors."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def _available_memory() -> int:

@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -86,6 +86,29 @@ def write_with(path: Path, write: Callable[[Path], object]) -> None:
             publish(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def holds_nothing(folder: Path, *, but: Collection[str] = ()) -> bool:
+    """Return whether a folder is empty but for some names and for temporary files, which a killed process may leave."""
+    return all(entry.name in but or entry.match(".*.tmp") for entry in folder.iterdir())
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of `write_with` in a folder that no other living process of this machine writes."""
+    for leftover in folder.glob(".*.*.tmp"):
+        number = leftover.name.split(".")[-2]
+        if number.isdigit() and (int(number) == os.getpid() or not _is_alive(int(number))):
+            leftover.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # of someone else
+        return True
+    return True
 
 
 def check_space(path: Path, size: int) -> None:

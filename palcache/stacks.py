@@ -109,6 +109,7 @@ def fit_stack(
 ) -> list[FitResult | NumericsError]:
     """Train heads of one kind together; each result equals that of `fit` alone up to the rounding of float32.
 
+    Now and then a rounding decides on which side of zero a ReLU's input falls; the result then parts from that of `fit`.
     A head that stops early leaves the stack; one whose loss is not finite leaves it with the error that `fit` would raise,
     and the others go on. `FitResult.seconds` is the head's share of the wall time.
 

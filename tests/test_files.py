@@ -6,6 +6,8 @@ import errno
 import math
 import os
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,10 @@ import pytest
 from palcache.errors import CacheError, StorageError
 from palcache.files import (
     check_space,
+    holds_nothing,
     publish,
     read_json,
+    remove_leftovers,
     storage_errors,
     sync_file,
     write_bytes,
@@ -229,3 +233,17 @@ def test_read_json_says_what_it_expected(tmp_path: Path) -> None:
         read_json(tmp_path / "state.json", "a palcache cache")
     with pytest.raises(CacheError, match=r"cannot be read as a palcache cache: .*Is a directory"):
         read_json(tmp_path, "a palcache cache")
+
+
+def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    mine, dead, living = (f".metrics.json.{number}.tmp" for number in (os.getpid(), child.pid, os.getppid()))
+    for name in (mine, dead, living, ".other.tmp"):
+        (tmp_path / name).touch()
+    assert holds_nothing(tmp_path)
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == sorted([living, ".other.tmp"])
+    (tmp_path / "logs").touch()
+    assert not holds_nothing(tmp_path)
+    assert holds_nothing(tmp_path, but=("logs",))

@@ -11,10 +11,10 @@ from typing import Final, final
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from palcache.cache import Cache
 from palcache.configs import EmbedConfig
+from palcache.devices import free_cached_memory, is_out_of_memory
 from palcache.embedding.batching import padded_tokens, plan_batches
 from palcache.embedding.forwards import Forward, Forwards, Rows
 from palcache.embedding.summaries import EmbedProgress, EmbedSummary, OnProgress
@@ -33,8 +33,6 @@ from palcache.storage.shards import FAILED, TRUNCATED, Shard, ShardWriter
 __all__ = ["MAX_FAILURES", "WAIT_SECONDS", "SpaceWriter", "Work"]
 
 WAIT_SECONDS: Final = 0.5
-_NO_MEMORY: Final = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
-"""What errors say that are no `OutOfMemoryError`: of the CPU, of MPS and of CUDA's own calls, of cuBLAS and cuDNN."""
 MAX_FAILURES: Final = 8
 """Texts that may fail in a row before the encoder has to show that it still works."""
 
@@ -235,9 +233,9 @@ class SpaceWriter:
         if len(rows) == 1:
             self._fail(writer, window, int(rows[0]), error)
             return
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             self.budget = max(1, min(self.budget, padded_tokens(window.n_tokens, [rows]) // 2))
-            _free_cached_memory()
+            free_cached_memory()
         for part in (part for half in np.array_split(rows, 2) for part in self._fit(window, half)):
             again = functools.partial(self.forwards.one, window, part)
             self._encode_batch(writer, window, part, again)
@@ -329,14 +327,3 @@ class SpaceWriter:
 def _start(text: str) -> str:
     """Return the beginning of a text, quoted, for messages."""
     return repr(" ".join(text.split())[:60])
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(mark in str(error) for mark in _NO_MEMORY)
-
-
-def _free_cached_memory() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if torch.backends.mps.is_available():
-        torch.mps.empty_cache()

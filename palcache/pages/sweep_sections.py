@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from palcache.choices import RULE_NAMES
-from palcache.contrasts import ContrastRow, Contrasts
+from palcache.contrasts import ContrastRow, Contrasts, metric_of
 from palcache.errors import CacheError
 from palcache.pages import sweep_charts
 from palcache.pages.chart_parts import RULES
@@ -160,8 +160,7 @@ def _all_runs(records: Sequence[RunRecord], contrasts: Contrasts) -> Html:
         val, test = record.evaluations["val"]["head"], record.evaluations["test"]["head"]
         rows.append(
             [record.path.name, *(option_text(record.options.get(name)) for name in options), optional(val.log_loss),
-             f"{val.accuracy['micro'].value:.4f}", *(f"{test.accuracy[name].value:.4f}" for name in test.accuracy),
-             optional(test.log_loss), optional(test.calibration_error)]
+             f"{val.accuracy['micro'].value:.4f}", *(optional(metric_of(test, name)) for name in HEADINGS)]
         )  # fmt: skip
     note = "A click on a heading sorts."
     return section("All runs", table(columns, rows, texts=1 + len(contrasts.by), sortable=True), lead=note)

@@ -32,7 +32,7 @@ from palcache.checkpoints import TrainedHead, load_head, save_head
 from palcache.configs import FitConfig, HeadConfig, SplitConfig, UnknownUsers
 from palcache.errors import CacheError, InputError, MismatchError
 from palcache.evaluation import Evaluation, token_accuracy
-from palcache.files import read_json, write_json
+from palcache.files import holds_nothing, read_json, remove_leftovers, write_json
 from palcache.heads import head_to_dict
 from palcache.reports import draw_history, write_history
 from palcache.runs.inputs import EVALUATED, RunSplit
@@ -115,7 +115,7 @@ def describe_run(
 
 def is_complete(path: Path, about: dict[str, Any], *, resume: bool) -> bool:
     """Refuse a folder that is taken or cannot be continued; return whether its run is complete already."""
-    if not path.exists() or (path.is_dir() and all(child.name == LOGS for child in path.iterdir())):
+    if not path.exists() or (path.is_dir() and holds_nothing(path, but=(LOGS,))):
         return False
     if not (path / "config.json").is_file():
         raise InputError(f"{path} exists and is no run folder; name a new one with --run.")
@@ -234,8 +234,8 @@ def finish_run(
         draw_history(path / "curves.png", fitted.history, best_step=fitted.best_step, title=_title(head))
     summary = {"best_step": fitted.best_step, "stopped_early": fitted.stopped_early}
     write_json(path / "metrics.json", {**evaluations_to_dict(evaluations), **summary})
-    for leftover in (path / "state.safetensors", *path.glob(".*.tmp")):
-        leftover.unlink(missing_ok=True)
+    (path / "state.safetensors").unlink(missing_ok=True)
+    remove_leftovers(path)
     return RunResult(path, head, evaluations, fitted.seconds, fitted)
 
 

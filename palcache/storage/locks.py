@@ -38,8 +38,8 @@ def take_lock(file: int | IO[bytes], path: Path, *, wait: bool = True, shared: b
     except OSError as error:
         if error.errno in _NO_LOCKS:
             raise StorageError(
-                f"{path.parent} is on a file system without file locks ({error.strerror}), which writers of a cache need; "
-                "put the cache on a local disk, or have the folder mounted with locks (NFS: its lock service, Lustre: flock)."
+                f"{path.parent} is on a file system without file locks ({error.strerror}), which writers need; put "
+                "it on a local disk, or have it mounted with locks (NFS: its lock service, Lustre: flock)."
             ) from error
         raise
     return True
@@ -91,6 +91,20 @@ def writing(cache: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def holding(path: Path) -> Iterator[bool]:
+    """Hold an exclusive lock on a file for long; yields False at once where another process holds it.
+
+    Raises:
+        StorageError: the folder cannot be written, or its file system has no locks.
+    """
+    descriptor = _open(path)
+    try:
+        yield take_lock(descriptor, path, wait=False)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
 def rewriting(cache: Path) -> Iterator[None]:
     """Hold a cache alone, to move or remove what stands in it; readers are not disturbed.
 
@@ -98,16 +112,12 @@ def rewriting(cache: Path) -> Iterator[None]:
         CacheError: another process writes or rewrites it.
         StorageError: the folder cannot be written, or its file system has no locks.
     """
-    path = cache / WRITERS
-    descriptor = _open(path)
-    try:
-        if not take_lock(descriptor, path, wait=False):
+    with holding(cache / WRITERS) as held:
+        if not held:
             raise CacheError(
                 f"{cache} is being written by another process; wait for it to end, then run the same command again."
             )
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _open(path: Path) -> int:

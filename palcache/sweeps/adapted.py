@@ -28,7 +28,7 @@ class AdaptedSweep:
     Attributes:
         table: name of the new users' table.
         curves: a head's name and its curve.
-        skipped: names of heads that users cannot be adapted on: one prototype, or no cosine scores.
+        skipped: names of heads that users cannot be adapted on: one prototype, or no mixtures of them.
         path: of the table of mean curves.
     """
 
@@ -89,8 +89,8 @@ def adapt_sweep(  # noqa: PLR0913 - keyword-only options
     fit = [head for head in complete if (head.path / "users.safetensors").is_file()]
     if not fit:
         raise InputError(
-            f"Users cannot be adapted on any head of {sweep.path}: that needs PAL-B with cosine scores and two or more "
-            "prototypes."
+            f"Users cannot be adapted on any head of {sweep.path}: that needs mixtures of two or more prototypes (pal-b "
+            "or pal-a with --mixture softmax or gumbel, or low-rank with --user-weights simplex)."
         )
     curves = []
     for number, head in enumerate(fit):

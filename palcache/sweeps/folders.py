@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, final
@@ -15,15 +16,17 @@ from palcache.cache import Cache
 from palcache.configs import FitConfig, HeadConfig, SplitConfig, UnknownUsers
 from palcache.errors import CacheError, InputError, MismatchError
 from palcache.evaluation import Evaluation
-from palcache.files import read_json, write_bytes, write_json
+from palcache.files import holds_nothing, read_json, write_bytes, write_json
 from palcache.fingerprints import digest
 from palcache.runs.folders import RunResult, describe_run, evaluations_to_dict
 from palcache.runs.inputs import check_vectors, spaces_for
 from palcache.storage.comparison_files import StoredComparisons
-from palcache.sweeps.grids import SPLIT_SEED, Grid, Params, configs_of
+from palcache.storage.locks import holding
+from palcache.sweeps.grids import KEYS, SPLIT_SEED, Grid, Params, configs_of
 
 FORMAT: Final = "palcache-sweep"
 VERSION: Final = 1
+_LOCK: Final = ".lock"
 _LONGEST: Final = 100
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9.+-]+")
 _ALWAYS: Final = ("k", "seed")
@@ -79,12 +82,17 @@ class SweepHead:
     run: RunResult | None
     error: str | None
 
+    @property
+    def seconds(self) -> float | None:
+        """Wall time of training the head; None where it was not trained in this call."""
+        return self.run.seconds if self.run and self.run.fitted else None
+
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values: `params`, `seconds`, `val`, `test` and `yardsticks`, or `error`."""
+        """Return JSON values: `params`, `seconds` (may be null), `val`, `test` and `yardsticks`, or `error`."""
         about = {"name": self.name, "run": str(self.path), "params": self.params}
         if self.run is None:
             return {**about, "error": self.error}
-        return {**about, "seconds": self.run.seconds, **evaluations_to_dict(self.run.evaluations)}
+        return {**about, "seconds": self.seconds, **evaluations_to_dict(self.run.evaluations)}
 
     def figures(self) -> dict[str, float | int | str | None]:
         """Return the numbers of a line of the table; none of a head that failed."""
@@ -119,7 +127,7 @@ class SweepResult:
 
     Attributes:
         path: the sweep's folder.
-        heads: every head asked for so far, in the order of asking.
+        heads: every head asked for so far: earlier ones, then those of the last grid in its order.
     """
 
     path: Path
@@ -141,6 +149,25 @@ class SweepResult:
         return {"sweep": str(self.path), "heads": [head.to_dict() for head in self.heads]}
 
 
+@contextlib.contextmanager
+def holding_sweep(path: Path) -> Iterator[None]:
+    """Hold a sweep's folder alone; no lock is left in a folder that is something else.
+
+    Raises:
+        InputError: the folder is something else, or another process trains the sweep.
+        CacheError: `sweep.json` is damaged, or of another format or version.
+        StorageError: the folder cannot be written, or its file system has no locks.
+    """
+    _read(path)
+    with holding(path / _LOCK) as held:
+        if not held:
+            raise InputError(
+                f"The sweep {path} is being trained by another process; wait for it to end, or name another folder with "
+                "--sweep."
+            )
+        yield
+
+
 def open_sweep(
     cache: Cache,
     path: Path,
@@ -150,7 +177,9 @@ def open_sweep(
     space: str | None,
     unknown_users: UnknownUsers,
 ) -> list[Trial]:
-    """Return all heads of a sweep, those of the grid added to what was asked for before, and note them in its folder.
+    """Return all heads of a sweep, earlier ones and then those of the grid in its order, and note them in its folder.
+
+    A head that cannot be trained is not noted: it is reported to whoever asks for it, and not for ever.
 
     Raises:
         InputError: the folder is something else, or none of the heads can be trained.
@@ -158,11 +187,12 @@ def open_sweep(
         CacheError: `sweep.json` is damaged, or of another format or version.
     """
     before = _read(path)
-    asked: list[Params] = [*before.get("heads", []), *grid.heads()]
-    trials: dict[str, Trial] = {}
-    for params in asked:
-        trial = _trial(cache, path, params, stored, space, unknown_users)
-        trials.setdefault(trial.name, trial)
+    noted, asked = (
+        {trial.name: trial for params in heads if (trial := _trial(cache, path, params, stored, space, unknown_users))}
+        for heads in (before.get("heads", []), grid.heads())
+    )
+    trials = {name: trial for name, trial in noted.items() if name not in asked}
+    trials |= {name: noted.get(name, trial) for name, trial in asked.items()}
     good = [trial for trial in trials.values() if trial.error is None]
     if not good:
         raise InputError(f"None of {len(trials)} heads can be trained; the first: {next(iter(trials.values())).error}")
@@ -175,7 +205,7 @@ def open_sweep(
     _refuse_another(path, before, about)
     about["spaces"] = {**before.get("spaces", {}), **spaces}
     versions = before.get("versions", {"palcache": palcache.__version__})
-    heads = [trial.params for trial in trials.values()]
+    heads = [trial.params for name, trial in trials.items() if trial.error is None or name in noted]
     written = {"format": FORMAT, "version": VERSION, "versions": versions, **about, "heads": heads}
     if written != before:
         write_json(path / "sweep.json", written)
@@ -184,7 +214,7 @@ def open_sweep(
 
 def _read(path: Path) -> dict[str, Any]:
     """Return what a sweep's folder says; nothing where there is none yet."""
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    if not path.exists() or (path.is_dir() and holds_nothing(path, but=(_LOCK,))):
         return {}
     if not (path / "sweep.json").is_file():
         raise InputError(f"{path} exists and is no sweep; name a new folder with --sweep.")
@@ -224,12 +254,13 @@ def _trial(
     unknown_users: UnknownUsers,
 ) -> Trial:
     """Return a head that is asked for, or why it cannot be trained."""
+    params = {name: params[name] for name in KEYS if name in params}  # files and grids have orders of their own
     try:
         head, fit, seed = configs_of(params)
         spaces = spaces_for(cache, stored, space, head, fit)
         check_vectors(cache, spaces, head, fit)
     except InputError as error:
-        name = _name({**params}, digest({"params": params}))
+        name = _name(params, digest({"params": params}))
         return Trial(name, path / "runs" / name, params, HeadConfig(), FitConfig(), None, None, {}, 0, str(error))
     split = None if seed is None else _split(stored, seed)
     about = describe_run(cache, stored, spaces, head, fit, unknown_users, split=split)
@@ -260,7 +291,7 @@ def _name(options: Mapping[str, Any], identity: str) -> str:
 def write_results(path: Path, heads: Sequence[SweepHead]) -> SweepResult:
     """Write `results.csv` of a sweep's heads: their options, then figures; return them as its result."""
     result = SweepResult(path, tuple(heads))
-    options = list(dict.fromkeys(name for head in heads for name in head.params))
+    options = [name for name in KEYS if any(name in head.params for head in heads)]
     rows = [{"name": head.name, **head.params, **head.figures()} for head in heads]
     figures = [name for row in rows for name in row if name not in {"name", *options}]
     buffer = io.StringIO(newline="")

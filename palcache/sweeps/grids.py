@@ -21,6 +21,10 @@ weight_decay = [0.01, 0.1]
 count = 20
 seed = 0
 lr_users = { log = [0.01, 1.0] }   # log-uniform; { uniform = [lo, hi] }, { integers = [lo, hi] } or a list to choose from
+
+[new_users]                        # the curve of a table of new users, where one is given
+shots = [0, 5, 20]                 # comparisons per user
+draws = 5                          # orders of each user's support
 ```
 
 Keys are the fields of `HeadConfig` and `FitConfig`, and `split_seed`, which splits the table anew.
@@ -49,6 +53,7 @@ SPLIT_SEED: Final = "split_seed"
 HEAD_KEYS: Final = tuple(option.name for option in fields(HeadConfig))
 FIT_KEYS: Final = tuple(option.name for option in fields(FitConfig))
 KEYS: Final = (*HEAD_KEYS, *FIT_KEYS, SPLIT_SEED)
+NEW_USER_KEYS: Final = ("shots", "draws")
 EXAMPLE: Final = "'k=1,2 lr=1e-3,3e-4 seed=0:5'"
 _SECTIONS: Final = ("preset", "fixed", "grid", "zip", "random", "new_users")
 _RANGE: Final = re.compile(r"(-?\d+):(-?\d+)")
@@ -82,11 +87,6 @@ class Grid:
         crossed = [dict(zip(self.crossed, row, strict=True)) for row in itertools.product(*self.crossed.values())]
         for drawn, zipped, row in itertools.product(self.drawn or [{}], together or [{}], crossed):
             yield {**self.fixed, **row, **zipped, **drawn}
-
-    @property
-    def varied(self) -> tuple[str, ...]:
-        """Names of the options that have more than one value asked for."""
-        return (*self.crossed, *self.zipped, *(self.drawn[0] if self.drawn else ()))
 
     def crossed_with(self, other: Grid) -> Grid:
         """Return this grid with the values of another, which win over this one's."""
@@ -157,7 +157,25 @@ def grid_of(values: Mapping[str, Any], *, origin: str) -> Grid:
     if "preset" in values:
         preset = load_preset(str(values["preset"]))
         fixed = {**{k: v for k, v in (preset.head | preset.fit).items() if k not in names}, **fixed}
-    return Grid(fixed, crossed, zipped, drawn, values.get("new_users", {}))
+    return Grid(fixed, crossed, zipped, drawn, _new_users(values.get("new_users", {}), origin))
+
+
+def _new_users(section: Mapping[str, Any], origin: str) -> Mapping[str, Any]:
+    """Return the options of the curve of new users."""
+
+    def counts(value: Any, least: int) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+    for name, value in section.items():
+        if name not in NEW_USER_KEYS:
+            raise InputError(f"{origin}: unknown key {name} in [new_users]; {_nearest(name, NEW_USER_KEYS)}")
+        if name == "draws" and not counts(value, 1):
+            raise InputError(f"{origin}: draws = {value!r} in [new_users]; expected a whole number of at least 1.")
+        if name == "shots" and not (isinstance(value, list) and value and all(counts(one, 0) for one in value)):
+            raise InputError(
+                f"{origin}: shots = {value!r} in [new_users]; expected a list of whole numbers of at least 0."
+            )
+    return section
 
 
 def configs_of(params: Mapping[str, Any]) -> tuple[HeadConfig, FitConfig, int | None]:

@@ -5,6 +5,7 @@ SWEEP/
   sweep.json      the table and the spaces that all heads are trained on, and every head asked for so far
   runs/<name>/    a run folder per head, as `train-head` leaves it but for the picture
   results.csv     one line per head, yardsticks beside it; no wall times: the same heads give the same table
+  .lock           held by the process that trains the sweep
 ```
 
 Heads of one kind train as stacks. A head that is complete is not trained again, so a killed sweep goes on, and a grid
@@ -15,9 +16,10 @@ from __future__ import annotations
 
 import functools
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, final
@@ -27,19 +29,19 @@ import torch
 from palcache.cache import Cache
 from palcache.checkpoints import TrainedHead, load_head
 from palcache.configs import FitConfig, HeadConfig, UnknownUsers
-from palcache.devices import parse_devices, resolve_device
-from palcache.errors import InputError, PalcacheError
+from palcache.devices import free_cached_memory, is_out_of_memory, parse_devices, resolve_device
+from palcache.errors import InputError, PalcacheError, PalcacheWarning
 from palcache.fits import Course, FitResult
 from palcache.heads import Parameters, blind_config, build_head
 from palcache.objectives import TrainingData
 from palcache.runs.folders import RunResult, begin_run, finish_run, is_complete, load_run
 from palcache.runs.inputs import RunSplit, load_splits, load_vectors, resplit
 from palcache.runs.trainings import is_blind
-from palcache.stacks import Member, StackProgress
+from palcache.stacks import Member
 from palcache.storage.comparison_files import StoredComparisons
-from palcache.sweeps.folders import SweepHead, SweepResult, Trial, open_sweep, write_results
+from palcache.sweeps.folders import SweepHead, SweepResult, Trial, holding_sweep, open_sweep, write_results
 from palcache.sweeps.grids import Grid
-from palcache.sweeps.plans import fit_members, plan_stacks
+from palcache.sweeps.plans import fit_members, no_room, plan_stacks
 from palcache.tensors import PreferenceData
 from palcache.token_batches import TokenData
 
@@ -103,8 +105,9 @@ def run_sweep(  # noqa: PLR0913 - keyword-only options
 ) -> SweepResult:
     """Train every head of a grid that is not trained yet, and return all heads of the sweep.
 
-    Each head's losses and metrics equal those of `train_run` with its options up to the rounding of float32. A head whose
-    options cannot work or whose loss breaks is reported in its place, and the others go on.
+    Each head's losses and metrics equal those of `train_run` with its options up to the rounding of float32; now and then a
+    rounding decides on which side of zero a ReLU's input falls, and they part. A head whose options cannot work, which does
+    not fit the memory or whose loss breaks is reported in its place, and the others go on.
 
     Args:
         cache: the cache.
@@ -118,19 +121,21 @@ def run_sweep(  # noqa: PLR0913 - keyword-only options
         on_progress: called after each evaluation of a stack and each head, from any thread.
 
     Raises:
-        InputError: the folder is something else, the table has an empty split, or one user alone.
+        InputError: a device or `jobs` cannot be, the folder is something else or in another process's hands, the table has
+            an empty split, or one user alone.
         MismatchError: the sweep was made on another table, other vectors or another state of them.
     """
-    stored = cache.comparisons(comparisons)
-    trials = open_sweep(cache, path, grid, stored, space=space, unknown_users=unknown_users)
-    devices = parse_devices(device) if "," in device else [str(resolve_device(device))]
+    devices = parse_devices(device, option="--device") if "," in device else [str(resolve_device(device))]
     if jobs is not None and jobs < 1:
         raise InputError(f"Got jobs = {jobs}; expected at least 1.")
     if jobs is None:
         jobs = torch.get_num_threads() if devices == ["cpu"] else len(devices)
-    sweep = _Sweep(cache, stored, trials, unknown_users, on_progress)
-    sweep.train(devices, jobs)
-    return write_results(path, [sweep.head(trial) for trial in trials])
+    stored = cache.comparisons(comparisons)
+    with holding_sweep(path):
+        trials = open_sweep(cache, path, grid, stored, space=space, unknown_users=unknown_users)
+        sweep = _Sweep(cache, stored, trials, unknown_users, on_progress)
+        sweep.train(devices, jobs)
+        return write_results(path, [sweep.head(trial) for trial in trials])
 
 
 class _Stopped(Exception):  # noqa: N818 - nothing went wrong
@@ -161,7 +166,8 @@ class _Sweep:
         self._fitted: dict[_Fit, FitResult | PalcacheError] = {}
         self._vectors: dict[tuple[bool, str | None, str], PreferenceData | TokenData] = {}
         self._data: dict[tuple[*_Source, str], Mapping[str, RunSplit]] = {}
-        self._heads, self._steps, self._all_steps = len(trials), [0.0], 1.0
+        self._heads, self._steps, self._all_steps = len(trials), [0], 1
+        self._said = False
 
     def head(self, trial: Trial) -> SweepHead:
         """Return what became of a head."""
@@ -170,7 +176,7 @@ class _Sweep:
 
     def train(self, devices: Sequence[str], jobs: int) -> None:
         """Train what is pending."""
-        queue = deque(self._plan(devices[0], jobs))
+        queue = deque(self._plan(devices, jobs))
         if jobs == 1 or len(queue) < 2:
             self._work(queue, devices[0])
             return
@@ -179,16 +185,17 @@ class _Sweep:
         pool = ThreadPoolExecutor(jobs, "palcache-job", initializer=torch.set_num_threads, initargs=(share,))
         try:
             work = [pool.submit(self._work, queue, devices[number % len(devices)]) for number in range(jobs)]
-            for job in work:
+            done, _ = wait(work, return_when=FIRST_EXCEPTION)
+            for job in done:  # all of them, or those that went wrong before the others were told to stop
                 job.result()
         finally:
             self._stopped.set()
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)  # a worker's share becomes the default of the process
 
-    def _plan(self, device: str, jobs: int) -> list[list[_Fit]]:
+    def _plan(self, devices: Sequence[str], jobs: int) -> list[list[_Fit]]:
         """Return the stacks to be trained, yardsticks first: runs are complete only with theirs."""
-        blind = {pending.blind for pending in self._pending} - self._blind.keys()
+        device, blind = devices[0], {pending.blind for pending in self._pending} - self._blind.keys()
         groups: dict[_Source, list[_Fit]] = {}
         needed = [*(p.blind for p in self._pending if p.blind in blind), *(p.own for p in self._pending)]
         for fit in dict.fromkeys(needed):
@@ -203,7 +210,8 @@ class _Sweep:
                 self._fitted.update(dict.fromkeys(fits, error))
                 continue
             members = [fit.member(train) for fit in fits]
-            stacks += [[fits[i] for i in numbers] for numbers in plan_stacks(members, train, jobs=jobs)]
+            planned = plan_stacks(members, train, jobs=jobs, devices=devices)
+            stacks += [[fits[i] for i in numbers] for numbers in planned]
             self._all_steps += sum(Course.of(fit.fit, len(train)).steps for fit in fits)
         self._complete(device)
         return sorted(stacks, key=blind.isdisjoint)
@@ -232,20 +240,27 @@ class _Sweep:
             splits = self._splits(stack[0], device)
             train, val = splits["train"].data, splits["val"].data
             with self._lock:
-                self._steps.append(0.0)
-                relay = functools.partial(self._note, len(self._steps) - 1, len(stack))
-            found = fit_members([fit.member(train) for fit in stack], train, val, on_progress=relay)
+                self._steps.append(0)
+                relay = functools.partial(self._note, len(self._steps) - 1)
+            members = [fit.member(train) for fit in stack]
+            found = fit_members(members, train, val, on_steps=relay, on_halves=self._say_once)
             with self._lock:
                 self._fitted.update(zip(stack, found, strict=True))
             self._complete(device)
 
-    def _note(self, stack: int, heads: int, event: StackProgress) -> None:
-        """Count the steps of a stack; heads that stopped early count as if they had taken them all."""
+    def _say_once(self, text: str) -> None:
+        """Warn of what every stack may run into, once."""
+        with self._lock:
+            said, self._said = self._said, True
+        if not said:
+            warnings.warn(text, PalcacheWarning, stacklevel=2)
+
+    def _note(self, stack: int, steps: int) -> None:
+        """Count the steps of a stack."""
         if self._stopped.is_set():
             raise _Stopped
-        ended = heads - event.heads
         with self._lock:
-            self._steps[stack] = float(event.heads * event.step + ended * event.steps)
+            self._steps[stack] = steps
         self._report()
 
     def _report(self) -> None:
@@ -262,12 +277,12 @@ class _Sweep:
             kept = {fit for one in self._pending for fit in (one.own, one.blind)}
             self._fitted = {fit: found for fit, found in self._fitted.items() if fit in kept}
         for pending, ended in ready:
-            run = None if isinstance(ended, PalcacheError) else self._write(pending, *ended, device)
+            found = ended if isinstance(ended, PalcacheError) else self._write(pending, *ended, device)
             with self._lock:
-                if run is not None:
-                    self._results[pending.trial.name] = run
+                if isinstance(found, PalcacheError):
+                    self._errors[pending.trial.name] = str(found)
                 else:
-                    self._errors[pending.trial.name] = str(ended)
+                    self._results[pending.trial.name] = found
             self._report()
 
     def _has_ended(self, pending: _Pending) -> bool:
@@ -282,8 +297,8 @@ class _Sweep:
             return type(blind)(f"The user-blind yardstick failed: {blind}")
         return own, self._blind[pending.blind] if blind is None else blind.parameters
 
-    def _write(self, pending: _Pending, fitted: FitResult, blind: Parameters, device: str) -> RunResult:
-        """Write a head's run folder."""
+    def _write(self, pending: _Pending, fitted: FitResult, blind: Parameters, device: str) -> RunResult | PalcacheError:
+        """Write a head's run folder, or return why its evaluation does not fit the memory."""
         trial, splits = pending.trial, self._splits(pending.own, device)
         data = splits["train"].data
 
@@ -295,7 +310,13 @@ class _Sweep:
         head = trained(trial.head, fitted.parameters)
         yardstick = head if pending.blind == pending.own else trained(blind_config(trial.head), blind)
         begin_run(trial.path, trial.about)
-        return finish_run(trial.path, head, yardstick, fitted, splits, picture=False)
+        try:
+            return finish_run(trial.path, head, yardstick, fitted, splits, picture=False)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        free_cached_memory()
+        return no_room(pending.own.member(data), data.device)
 
 
 @final

@@ -21,12 +21,12 @@ import numpy as np
 import pytest
 import torch
 
-import palcache.embedding.writers
 import palcache.storage.layouts
 from palcache.cache import Cache, Space
 from palcache.care.verification import verify_cache
 from palcache.comparisons import Comparisons
 from palcache.configs import EmbedConfig
+from palcache.devices import is_out_of_memory
 from palcache.embedding.encoding import EmbedProgress, EmbedSummary, embed_comparisons, plan_embedding
 from palcache.embedding.writers import SpaceWriter
 from palcache.encoders import Role
@@ -646,7 +646,7 @@ def test_out_of_memory_halves_the_budget(folder: Path) -> None:
 )
 def test_memory_that_ran_out_is_told_on_every_device(message: str, memory: bool) -> None:
     """Not every library raises `torch.OutOfMemoryError`."""
-    assert palcache.embedding.writers._is_out_of_memory(RuntimeError(message)) == memory
+    assert is_out_of_memory(RuntimeError(message)) == memory
 
 
 def test_out_of_memory_with_workers_does_not_halve_for_each_of_them(folder: Path) -> None:

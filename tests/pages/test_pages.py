@@ -307,3 +307,23 @@ def test_a_click_on_a_heading_sorts(browser: Browser, tmp_path: Path) -> None:
     before = browser.run(column, False)
     assert browser.run(column, True) == sorted(before, reverse=True)
     assert browser.run(column, True) == sorted(before)
+
+
+def test_the_table_of_all_runs_holds_each_figure_under_its_heading(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        make_run(tmp_path / "runs" / f"k2-seed{seed}", head=HeadConfig(k=2), fit=FitConfig(seed=seed))
+    write_page(tmp_path / "runs", tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    (found,) = re.findall(r"All runs.*?<table.*?</table>", text, re.DOTALL)
+    names, *rows = (
+        re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr.*?</tr>", found, re.DOTALL)
+    )
+    assert len(rows) == 2
+    headings = [re.sub(r"<[^>]*>", "", name) for name in names]
+    for row in rows:
+        cells = dict(zip(headings, (re.sub(r"<[^>]*>", "", cell) for cell in row), strict=True))
+        test = json.loads((tmp_path / "runs" / cells["run"] / "metrics.json").read_text())["test"]
+        figures = {**test["accuracy"], **test}
+        for heading, name in {"accuracy": "micro", "macro": "macro", "worst tenth": "worst_tenth", "log-loss": "log_loss",
+                              "ECE": "calibration_error"}.items():  # fmt: skip
+            assert cells[f"test {heading}"] == f"{figures[name]:.4f}", (heading, name)

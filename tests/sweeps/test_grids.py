@@ -125,6 +125,13 @@ def test_logarithms_are_uniform() -> None:
         ("[random]\nlr = [0.1]", r"\[random\] needs count of at least 1"),
         ("[random]\ncount = 1\nlr = { log = [0, 1] }", r"lr = .* in \[random\]; expected a list to choose from"),
         ("[random]\ncount = 1\nk = { uniform = [0, 1] }", r"k = .* in \[random\]; expected a list"),
+        ("[grid]\nk = [1]\n[new_users]\nshot = [1]", r"file: unknown key shot in \[new_users\]; did you mean shots\?$"),
+        (
+            "[grid]\nk = [1]\n[new_users]\nshots = [1, -1]",
+            r"shots = \[1, -1\] in \[new_users\]; expected a list of whole",
+        ),
+        ("[grid]\nk = [1]\n[new_users]\nshots = 5", r"shots = 5 in \[new_users\]; expected a list of whole numbers"),
+        ("[grid]\nk = [1]\n[new_users]\ndraws = '5'", r"draws = '5' in \[new_users\]; expected a whole number of at"),
         ("preset = 'pal-c'\n[grid]\nk = [1]", r"There is no preset pal-c"),
     ],
 )

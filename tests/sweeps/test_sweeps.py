@@ -5,10 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +22,11 @@ import torch
 
 from palcache.cache import Cache
 from palcache.configs import FitConfig, HeadConfig
-from palcache.errors import CacheError, InputError, MismatchError, PalcacheWarning
+from palcache.errors import CacheError, InputError, MismatchError, NumericsError, PalcacheWarning
 from palcache.heads import build_head
 from palcache.runs.trainings import evaluate_run, load_run, train_run
 from palcache.stacks import Member, fit_stack
+from palcache.storage.locks import holding
 from palcache.sweeps import plans as stack_plans
 from palcache.sweeps import sweeps
 from palcache.sweeps.adapted import adapt_sweep
@@ -32,6 +36,7 @@ from palcache.sweeps.sweeps import SweepProgress, SweepResult, run_sweep
 from tests.building import make_data
 from tests.worlds import files_of, make_cache, planted_rows
 
+LINALG_ERROR = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 QUICK = "p=4 projector=mlp1-relu-dropout1 epochs=2 batch_size=32 evaluations=3 "
 
 
@@ -124,8 +129,9 @@ def test_more_values_train_what_is_new_and_nothing_again(cache: Cache, tmp_path:
     for head in second.heads[:2]:
         assert files_of(head.path) == before[head.name]
         assert (head.path / "metrics.json").stat().st_mtime_ns == times[head.name]
-        assert head.run is not None
-        assert head.run.seconds == 0
+        assert head.seconds is None
+        assert head.to_dict()["seconds"] is None
+    assert all(head.seconds for head in second.heads[2:])
     spelled = sweep(cache, tmp_path / "sweep", "k=2 seed=0 lr=1e-3")  # the default, written out
     assert len(spelled.heads) == 4
 
@@ -143,6 +149,20 @@ def test_a_failing_head_is_reported_and_the_others_go_on(cache: Cache, tmp_path:
     rows = list(csv.DictReader((tmp_path / "sweep" / "results.csv").open()))
     assert "lower --lr" in rows[3]["error"]
     assert result.to_dict()["heads"][3]["error"] == errors[3]
+
+
+def test_the_same_command_gives_the_same_table_and_impossible_heads_are_forgotten(cache: Cache, tmp_path: Path) -> None:
+    path, text = tmp_path / "sweep", "seed=0:2 lr=1e-2,1e30 k=0,2"
+    first = sweep(cache, path, text)
+    before = (path / "results.csv").read_bytes()
+    again = sweep(cache, path, text)
+    assert [head.name for head in again.heads] == [head.name for head in first.heads]
+    assert (path / "results.csv").read_bytes() == before
+    other = run_sweep(cache, path, parse_grid("k=0,2 lr=1e-2,1e30 seed=0:2 " + QUICK), device="cpu")
+    assert {head.name for head in other.heads} == {head.name for head in first.heads}
+    assert len(other.heads) == 8
+    assert [head.params["k"] for head in sweep(cache, path, "k=3").heads] == [2] * 4 + [3]
+    assert all(head["k"] for head in json.loads((path / "sweep.json").read_bytes())["heads"])
 
 
 def test_heads_of_different_kinds_and_yardsticks_go_together(cache: Cache, tmp_path: Path) -> None:
@@ -209,6 +229,12 @@ def test_other_tables_folders_and_settings_are_refused(cache: Cache, tmp_path: P
         sweep(cache, tmp_path / "new", "k=0")
     with pytest.raises(InputError, match=r"Got jobs = 0; expected at least 1"):
         sweep(cache, tmp_path / "new", "k=2", jobs=0)
+    with pytest.raises(InputError, match=r"^Got --device cpu:0; expected cpu:N"):
+        sweep(cache, tmp_path / "newer", "k=2", device="cpu:0,cpu")
+    assert not (tmp_path / "newer").exists()
+    assert [entry.name for entry in (tmp_path / "taken").iterdir()] == ["file"]
+    with holding(path / ".lock"), pytest.raises(InputError, match=r"is being trained by another process; wait for it"):
+        sweep(cache, path, "k=2")
     found = json.loads((path / "sweep.json").read_bytes())
     (path / "sweep.json").write_text(json.dumps({**found, "version": 9}))
     with pytest.raises(CacheError, match="is of format palcache-sweep version 9; expected palcache-sweep 1"):
@@ -216,8 +242,8 @@ def test_other_tables_folders_and_settings_are_refused(cache: Cache, tmp_path: P
 
 
 def test_a_killed_sweep_goes_on_to_the_same_table(cache: Cache, tmp_path: Path) -> None:
-    """SIGKILL as soon as the first run is complete, then again."""
-    text = "p=4 projector=mlp1-relu-dropout1 epochs=3 batch_size=16 evaluations=3 k=1,2,3 seed=0:2"
+    """SIGKILL as soon as the first run is complete, then again; each head is alone of its kind, and none can have k = 0."""
+    text = "p=4 projector=mlp1-relu-dropout1 epochs=3 batch_size=16 evaluations=3 k=0,1,2,3,4,5"
     script = (
         "import sys; from pathlib import Path; from palcache import Cache, parse_grid, run_sweep\n"
         "run_sweep(Cache(Path(sys.argv[1])), Path(sys.argv[2]), parse_grid(sys.argv[3]), device='cpu', jobs=1)"
@@ -238,13 +264,19 @@ def test_a_killed_sweep_goes_on_to_the_same_table(cache: Cache, tmp_path: Path) 
     whole = run_sweep(cache, tmp_path / "whole", parse_grid(text), device="cpu", jobs=1)
     assert {run: (run / "metrics.json").stat().st_mtime_ns for run in complete} == before
     assert [head.name for head in resumed.heads] == [head.name for head in whole.heads]
-    tables = [list(csv.DictReader((folder / "results.csv").open())) for folder in (path, tmp_path / "whole")]
-    for mine, theirs in zip(*tables, strict=True):
-        for name, value in theirs.items():
-            try:
-                assert float(mine[name]) == pytest.approx(float(value), abs=1e-5)
-            except ValueError:
-                assert mine[name] == value
+    assert (path / "results.csv").read_bytes() == (tmp_path / "whole" / "results.csv").read_bytes()
+
+
+def test_temporary_files_of_a_killed_process_do_not_make_a_folder_something_else(cache: Cache, tmp_path: Path) -> None:
+    first, path = sweep(cache, tmp_path / "first", "k=2").heads[0], tmp_path / "sweep"
+    for folder, name in ((path, ".sweep.json.4711.tmp"), (path / "runs" / first.name, ".config.json.4711.tmp")):
+        folder.mkdir(parents=True)
+        (folder / name).touch()
+        if folder != path:
+            (path / "sweep.json").write_bytes((tmp_path / "first" / "sweep.json").read_bytes())
+            (folder / "logs").mkdir()
+        assert sweep(cache, path, "k=2").heads[0].error is None
+        shutil.rmtree(path)
 
 
 def test_an_interrupted_sweep_keeps_what_is_complete(cache: Cache, tmp_path: Path) -> None:
@@ -276,6 +308,15 @@ def test_groups_fit_the_memory_and_keep_jobs_busy(monkeypatch: pytest.MonkeyPatc
     assert [len(stack) for stack in plan_stacks(members(10), data, jobs=4)] == [5, 5]
     monkeypatch.setattr(stack_plans, "HEADS_ON_CPU", 16)
     assert [len(stack) for stack in plan_stacks(members(40), data)] == [13, 13, 14]
+    monkeypatch.setattr(stack_plans, "HEADS_PER_JOB", 40)
+    monkeypatch.setattr(stack_plans, "HEADS_ON_CPU", 40)
+    monkeypatch.setattr(stack_plans, "free_memory", lambda device: 640_000 if device.type == "cpu" else 160_000)
+    alone = len(plan_stacks(members(40), data))
+    assert len(plan_stacks(members(40), data, jobs=4)) >= 4 * alone
+    assert len(plan_stacks(members(40), data, jobs=4, devices=["cpu"] * 4)) == len(
+        plan_stacks(members(40), data, jobs=4)
+    )
+    assert len(plan_stacks(members(40), data, jobs=2, devices=["cpu", "cuda:0"])) > 2 * alone
     monkeypatch.setattr(stack_plans, "free_memory", lambda _device: 1)
     assert [len(stack) for stack in plan_stacks(members(3), data)] == [1, 1, 1]
 
@@ -292,10 +333,83 @@ def test_without_memory_groups_are_halved_and_that_is_said_once(monkeypatch: pyt
 
     monkeypatch.setattr(stack_plans, "fit_stack", narrow)
     train, val = make_data(60, 5, 7), make_data(30, 5, 7)
+    steps: list[int] = []
     with pytest.warns(PalcacheWarning, match="Not all heads of a kind fit the memory of cpu at once"):
-        found = fit_members(members(8), train, val)
+        found = fit_members(members(8), train, val, on_steps=steps.append)
     assert sizes == [8, 4, 2, 2, 4, 2, 2]
     assert len(found) == 8
+    assert steps == [8, 16, 24, 32, 40, 48, 56, 64], "four pairs, two evaluations each, 8 steps a head"
+
+
+def test_a_sweep_says_once_that_groups_are_smaller(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_data: Any, **_options: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(stack_plans, "fit_stack", full)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        result = sweep(cache, tmp_path / "sweep", "k=2,3 seed=0:3", jobs=2)
+    assert [str(one.message).partition(" at once")[0] for one in said if one.category is PalcacheWarning] == [
+        "Not all heads of a kind fit the memory of cpu"
+    ]
+    assert not result.failed
+
+
+def test_an_error_of_one_job_stops_the_others(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[float] = []
+
+    def broken(members: Sequence[Member], *data: Any, **options: Any) -> Any:
+        begun.append(time.monotonic())
+        if len(begun) == 2:
+            raise ValueError("a mistake")
+        time.sleep(0.3)
+        return fit_members(members, *data, **options)
+
+    monkeypatch.setattr(sweeps, "fit_members", broken)
+    with pytest.raises(ValueError, match="a mistake"):
+        sweep(cache, tmp_path / "sweep", "k=2,3,4,5,6", jobs=2)
+    assert len(begun) == 2
+
+
+def test_a_head_that_fits_no_memory_fails_alone(cache: Cache, tmp_path: Path) -> None:
+    found = run_sweep(cache, tmp_path / "sweep", parse_grid(f"{QUICK} k=2".replace("p=4", "p=4,2000000")), device="cpu")
+    assert [head.run is None for head in found.heads] == [False, True]
+    assert found.heads[1].error == (
+        "A head of p = 2000000 and batch_size = 32 does not fit the memory of cpu; lower p or batch_size."
+    )
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "message"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory"),
+            InputError,
+            r"^A head of p = 4 and .* memory of cpu; lower p or",
+        ),
+        (MemoryError(), InputError, "does not fit the memory of cpu"),
+        (
+            LINALG_ERROR("not converged"),
+            NumericsError,
+            r"cannot be solved .*\(not converged\); choose another",
+        ),
+    ],
+)
+def test_what_breaks_one_head_is_its_error(
+    monkeypatch: pytest.MonkeyPatch, raised: Exception, kind: type[Exception], message: str
+) -> None:
+    def broken(*_args: object, **_options: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(stack_plans, "fit", broken)
+    (found,) = fit_members(members(1), make_data(60, 5, 7), make_data(30, 5, 7))
+    assert isinstance(found, kind)
+    assert re.search(message, str(found))
+    raised = ValueError("a mistake")
+    with pytest.raises(ValueError, match="a mistake"):
+        fit_members(members(1), make_data(60, 5, 7), make_data(30, 5, 7))
 
 
 def test_new_users_are_adapted_on_every_head_that_can(tmp_path: Path) -> None:
