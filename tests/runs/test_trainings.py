@@ -158,7 +158,7 @@ def test_a_broken_state_starts_anew(cache: Cache, done: Path, tmp_path: Path, mo
         train(cache, tmp_path / "run", on_progress=Interrupter(2))
     state = tmp_path / "run" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:100])
-    (tmp_path / "run" / ".state.safetensors.1.tmp").write_bytes(b"left by a kill")
+    (tmp_path / "run" / ".state.safetensors.999999999.tmp").write_bytes(b"left by a kill")
     train(cache, tmp_path / "run", resume=True)
     assert files_of(tmp_path / "run") == files_of(done)
 
