@@ -101,7 +101,7 @@ def test_free_memory_in_a_control_group(
     assert free_memory(CPU) == expected * GIB
 
 
-@pytest.mark.parametrize(("own", "above", "expected"), [(5, 9, 3), (9, 4, 1), (9, 9, 7)])
+@pytest.mark.parametrize(("own", "above", "expected"), [(5, 9, 3), (9, 4, 1), (9, 9, 6)])
 def test_free_memory_in_a_control_group_of_version_1(
     monkeypatch: pytest.MonkeyPatch, own: int, above: int, expected: int
 ) -> None:
