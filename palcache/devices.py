@@ -113,6 +113,13 @@ def _left_by_limits() -> int:
     return max(0, min(left))
 
 
+_GROUPS: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
+    "": ("/sys/fs/cgroup", ("memory.max", "memory.high"), "anon"),
+    "memory": ("/sys/fs/cgroup/memory", ("memory.limit_in_bytes",), "total_rss"),
+}
+"""Of control groups of version 2 and 1: the root, files of limits, and what the processes hold in `memory.stat`."""
+
+
 def _control_groups() -> Iterator[tuple[Path, tuple[str, ...], str]]:
     """Yield the memory groups that the process is in, up to the root: folder, files of limits, what its processes hold.
 
@@ -123,15 +130,13 @@ def _control_groups() -> Iterator[tuple[Path, tuple[str, ...], str]]:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if not controllers:
-            root, limits, held = Path("/sys/fs/cgroup"), ("memory.max", "memory.high"), "anon"
-        elif "memory" in controllers.split(","):
-            root, limits, held = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes",), "total_rss"
-        else:
+        found = _GROUPS.get("memory" if "memory" in controllers.split(",") else controllers)
+        if found is None:
             continue
+        root, limits, held = found
         inside = Path(path.strip("/"))
         for part in (inside, *inside.parents) if inside.parts else (inside,):
-            yield root / part, limits, held
+            yield Path(root) / part, limits, held
 
 
 def _table(path: str) -> dict[str, int]:

@@ -52,9 +52,7 @@ class MappedRows:
 
 
 def _span(parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Return a view of overlapping rows from the lowest address to the highest, the row at which each part begins, (s,),
-    and how many rows of the view lie between one entry and the next.
-    """
+    """Return a view of overlapping rows that spans all parts, the row at which each begins, (s,), and rows per entry."""
     filled = [part for part in parts if part.numel()] or list(parts)
     size, width = parts[0].element_size(), math.prod(parts[0].shape[1:])
     lowest = min(part.data_ptr() for part in filled)
