@@ -22,8 +22,9 @@ from palcache.configs import StoredDtype
 from palcache.errors import CacheError, InputError, MismatchError, StorageError
 from palcache.fingerprints import Keys
 from palcache.storage.comparison_files import StoredComparisons
+from palcache.storage.datasets import ShardHeader
 from palcache.storage.indexes import KeyIndex
-from palcache.storage.layouts import ShardHeader, create_shard
+from palcache.storage.layouts import create_shard
 from palcache.storage.numerics import to_stored
 from palcache.storage.shards import ShardWriter
 from palcache.table_spaces import spaces_of
