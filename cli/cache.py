@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,6 +31,7 @@ from .options import (
 if TYPE_CHECKING:
     from palcache.cache import Cache
     from palcache.care.repairs import Repair
+    from palcache.care.verification import Verification
 
 _EMBED = EmbedConfig()
 app = typer.Typer(
@@ -144,7 +145,6 @@ def verify(
 ) -> None:
     """Check every byte against its sum, and with --reencode a sample of rows against the model. Exit code 1 if unsound."""
     from palcache.cache import Cache
-    from palcache.care.verification import reencode_sample, verify_cache
 
     opened = Cache(cache)
     config = EmbedConfig(
@@ -153,7 +153,27 @@ def verify(
         chat_template=chat_template, truncate_dim=truncate_dim, revision=revision, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     mended = _repair(opened, config) if repair else None
-    total = sum(path.stat().st_size for path in Path(cache).glob("spaces/*/shards/*.h5"))
+    found = _verify(opened)
+    if reencode:
+        found = _reencode(opened, config, reencode, found)
+    if json_:
+        print_json(
+            {"sound": not found.problems, "shards": found.shards, "rows": found.rows, "bytes": found.nbytes,
+             "problems": list(found.problems), "reencoded": found.reencoded, "lowest_cosine": found.lowest_cosine,
+             "repair": asdict(mended) if mended else None}
+        )  # fmt: skip
+    else:
+        if mended:
+            _print_repair(mended)
+        _print_verification(found, cache)
+    if found.problems:
+        raise typer.Exit(1)
+
+
+def _verify(opened: Cache) -> Verification:
+    from palcache.care.verification import verify_cache
+
+    total = sum(path.stat().st_size for path in opened.path.glob("spaces/*/shards/*.h5"))
     done = 0
     with progress("verify") as bar:
 
@@ -162,29 +182,26 @@ def verify(
             done += count
             bar.update(done, total, f"{done / 1e6:,.0f} MB")
 
-        found = verify_cache(opened, on_shard=advance)
-    compared, lowest, problems = 0, 1.0, found.problems
-    if reencode:
-        from palcache.encoders.choices import load_encoder
+        return verify_cache(opened, on_shard=advance)
 
-        compared, lowest, differing = reencode_sample(opened, load_encoder(config), reencode)
-        problems += differing
-    if json_:
-        print_json(
-            {"sound": not problems, "shards": found.shards, "rows": found.rows, "bytes": found.nbytes,
-             "problems": list(problems), "reencoded": compared, "lowest_cosine": lowest,
-             "repair": asdict(mended) if mended else None}
-        )  # fmt: skip
-    else:
-        if mended:
-            _print_repair(mended)
-        for problem in problems:
-            typer.echo(problem)
-        again = f"; {compared:,} rows encoded again, lowest cosine {lowest:.6f}" if compared else ""
-        verdict = "sound" if not problems else f"NOT sound, {len(problems)} problem(s)"
-        typer.echo(f"{cache}: {verdict}: {found.rows:,} rows in {found.shards} shards, {found.nbytes:,} bytes{again}")
-    if problems:
-        raise typer.Exit(1)
+
+def _reencode(opened: Cache, config: EmbedConfig, count: int, found: Verification) -> Verification:
+    """Return what was found, and what a sample of rows adds to it."""
+    from palcache.care.verification import reencode_sample
+    from palcache.encoders.choices import load_encoder
+
+    compared, lowest, differing = reencode_sample(opened, load_encoder(config), count)
+    return replace(found, problems=found.problems + differing, reencoded=compared, lowest_cosine=lowest)
+
+
+def _print_verification(found: Verification, cache: Path) -> None:
+    for problem in found.problems:
+        typer.echo(problem)
+    again = (
+        f"; {found.reencoded:,} rows encoded again, lowest cosine {found.lowest_cosine:.6f}" if found.reencoded else ""
+    )
+    verdict = "sound" if not found.problems else f"NOT sound, {len(found.problems)} problem(s)"
+    typer.echo(f"{cache}: {verdict}: {found.rows:,} rows in {found.shards} shards, {found.nbytes:,} bytes{again}")
 
 
 def _repair(opened: Cache, config: EmbedConfig) -> Repair:

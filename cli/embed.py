@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -110,39 +111,27 @@ def embed(
     if devices is not None and device != _EMBED.device:
         raise InputError(f"Got --device {device} and --devices {devices}; give one of them.")
     config = EmbedConfig(
-        model=model,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        device=device,
-        compute_dtype=compute_dtype,
-        dtype=dtype,
-        max_tokens=max_tokens,
-        truncate_dim=truncate_dim,
-        token_budget=token_budget,
-        shard_rows=shard_rows,
-        encoder=encoder,
-        pooling=pooling,
-        layer=layer,
-        prompt_template=prompt_template,
-        response_template=response_template,
-        chat_template=chat_template,
-        attn=attn,
-        items=items,
-        tokens=tokens,
+        model=model, revision=revision, trust_remote_code=trust_remote_code, device=device, compute_dtype=compute_dtype,
+        dtype=dtype, max_tokens=max_tokens, truncate_dim=truncate_dim, token_budget=token_budget, shard_rows=shard_rows,
+        encoder=encoder, pooling=pooling, layer=layer, prompt_template=prompt_template,
+        response_template=response_template, chat_template=chat_template, attn=attn, items=items, tokens=tokens,
+    )  # fmt: skip
+    embed_all = functools.partial(
+        embed_tables,
+        tables,
+        cache,
+        name=name,
+        config=config,
+        split=SplitConfig(by=split_by, val=val, test=test, seed=seed),
+        columns=parse_pairs(map_, "--map"),
+        ties=parse_ties(ties),
+        devices=parse_devices(devices) if devices is not None else (),
     )
-    options: dict[str, Any] = {
-        "name": name,
-        "config": config,
-        "split": SplitConfig(by=split_by, val=val, test=test, seed=seed),
-        "columns": parse_pairs(map_, "--map"),
-        "ties": parse_ties(ties),
-        "devices": parse_devices(devices) if devices is not None else (),
-    }
     if plan:
-        summary = embed_tables(tables, cache, plan=True, **options)
+        summary = embed_all(plan=True)
     else:
         with progress("embed") as bar:
-            summary = embed_tables(tables, cache, on_progress=Reporter(bar), **options)
+            summary = embed_all(on_progress=Reporter(bar))
     report_summary(summary, cache, plan=plan, json_=json_)
 
 

@@ -33,6 +33,7 @@ from .options import CacheArgument, ComparisonsOption, DeviceOption, JsonOption,
 
 if TYPE_CHECKING:
     from palcache.event_logs import EventLog
+    from palcache.runs.trainings import RunResult
     from palcache.training import FitProgress
 
 _HEAD, _FIT = HeadConfig(), FitConfig()
@@ -158,45 +159,36 @@ def train_head(
     from palcache.event_logs import finish_logs, open_logs
     from palcache.runs.trainings import train_run
 
-    stages = _stages(preset, config)
     shape = _given(k=k, p=p, projector=projector, head=head, score=score, user_form=user_form, mixture=mixture,
                    temperature=temperature, user_weights=user_weights, start=start)  # fmt: skip
     steps = _given(epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, loss=loss, weighting=weighting,
                    token_weighting=token_weighting, prompt_alignment=prompt_alignment, bound_weight=bound_weight,
                    optimizer=optimizer, schedule=schedule, warmup=warmup, precision=precision)  # fmt: skip
-    origins = ("options", f"the preset {preset}" if preset else None, str(config) if config else None)
-    origin = " and ".join(name for name in origins if name)
-    head_config = HeadConfig.from_mapping(stages["head"] | shape, origin=origin)
-    fit = FitConfig.from_mapping(stages["fit"] | steps, origin=origin)
+    head_config, fit = _configs(preset, config, shape, steps)
     logs = open_logs(log or [], run)
     with progress("train") as bar:
         result = train_run(
-            Cache(cache),
-            run,
-            comparisons=comparisons,
-            space=space,
-            head=head_config,
-            config=fit,
-            device=device,
-            unknown_users=unknown_users,
-            resume=resume,
-            on_progress=_Reporter(bar, logs),
-        )
+            Cache(cache), run, comparisons=comparisons, space=space, head=head_config, config=fit, device=device,
+            unknown_users=unknown_users, resume=resume, on_progress=_Reporter(bar, logs),
+        )  # fmt: skip
     finish_logs(logs, result)
     if json_:
         print_json(result.to_dict())
-        return
-    names = {**RULE_NAMES, "head": f"{KINDS[head_config.head]} (k = {result.head.shape.k})"}
-    for split, evaluations in result.evaluations.items():
-        print_evaluations(describe(evaluations["head"], split), evaluations, names)
-    fitted = result.fitted
-    if fitted is None:
-        say(f"{run} was complete; nothing was trained")
     else:
-        early = "stopped early, " if fitted.stopped_early else ""
-        say(
-            f"{run}: trained in {result.seconds:.1f} s; {early}chose step {fitted.best_step} of {fitted.history[-1].step}"
-        )
+        _print_result(result, run, KINDS[head_config.head])
+
+
+def _configs(
+    preset: str | None, config: Path | None, shape: dict[str, Any], steps: dict[str, Any]
+) -> tuple[HeadConfig, FitConfig]:
+    """Return the shape of the head and how it is trained: a preset, over it a file, over both the command line."""
+    stages = _stages(preset, config)
+    origins = ("options", f"the preset {preset}" if preset else None, str(config) if config else None)
+    origin = " and ".join(name for name in origins if name)
+    return (
+        HeadConfig.from_mapping(stages["head"] | shape, origin=origin),
+        FitConfig.from_mapping(stages["fit"] | steps, origin=origin),
+    )
 
 
 def _stages(preset: str | None, config: Path | None) -> dict[str, dict[str, Any]]:
@@ -215,6 +207,19 @@ def _stages(preset: str | None, config: Path | None) -> dict[str, dict[str, Any]
 
 def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _print_result(result: RunResult, run: Path, kind: str) -> None:
+    names = {**RULE_NAMES, "head": f"{kind} (k = {result.head.shape.k})"}
+    for split, evaluations in result.evaluations.items():
+        print_evaluations(describe(evaluations["head"], split), evaluations, names)
+    fitted = result.fitted
+    if fitted is None:
+        say(f"{run} was complete; nothing was trained")
+        return
+    early = "stopped early, " if fitted.stopped_early else ""
+    steps = f"{early}chose step {fitted.best_step} of {fitted.history[-1].step}"
+    say(f"{run}: trained in {result.seconds:.1f} s; {steps}")
 
 
 class _Reporter:

@@ -9,7 +9,6 @@ users are resampled.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,11 +16,11 @@ from typing import Any, Final, final
 
 import numpy as np
 
-from palcache.errors import InputError
+from palcache.errors import InputError, did_you_mean
 from palcache.evaluation import Evaluation
 from palcache.fingerprints import arrays_digest
 from palcache.metrics import Array, Codes, Estimate, correctness
-from palcache.paired_tests import DRAWS, LEVEL, paired_test
+from palcache.paired_tests import DRAWS, LEVEL, PairedTest, paired_test
 from palcache.runs.folders import RULES
 from palcache.runs.predictions import PREDICTIONS
 from palcache.runs.records import Options, RunRecord, differing, read_records
@@ -130,9 +129,8 @@ def compare_runs(
     Warns:
         PalcacheWarning: a run is left out.
     """
-    if draws < 1 or not 0 < level < 1:
-        raise InputError(f"Got {draws} draws and the level {level}; expected at least one draw and a level in (0, 1).")
-    return contrast_records(read_records(paths), by=by, split=split, draws=draws, level=level, seed=seed)
+    test = PairedTest(draws, level, seed)
+    return contrast_records(read_records(paths), by=by, split=split, test=test)
 
 
 def contrast_records(
@@ -140,11 +138,10 @@ def contrast_records(
     *,
     by: Sequence[str] | None = None,
     split: str = "test",
-    draws: int = DRAWS,
-    level: float = LEVEL,
-    seed: int = 0,
+    test: PairedTest | None = None,
 ) -> Contrasts:
     """Compare runs that are read already; arguments as for `compare_runs`."""
+    test = test or PairedTest()
     if any(split not in record.evaluations for record in records):
         raise InputError(f"Got the split {split}; expected one of {', '.join(records[0].evaluations)}.")
     found = differing(records)
@@ -157,16 +154,15 @@ def contrast_records(
     groups = _grouped(records, chosen)
     rows = tuple(_row(rule, options, members, split) for (rule, options), members in groups)
     scored = [_scores(rule, members, split) for (rule, _), members in groups]
-    rows, said = _tested(rows, scored, draws=draws, level=level, seed=seed)
-    return Contrasts(split, chosen, rows, draws, level, (*notes, *said))
+    rows, said = _tested(rows, scored, test)
+    return Contrasts(split, chosen, rows, test.draws, test.level, (*notes, *said))
 
 
 def _refuse_unknown(by: Iterable[str], records: Sequence[RunRecord]) -> None:
     known = list(dict.fromkeys(name for record in records for name in record.options))
     for name in by:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"the options are {', '.join(known)}."
+            hint = did_you_mean(name, known, f"the options are {', '.join(known)}.")
             raise InputError(f"No run has an option {name}; {hint}")
 
 
@@ -251,7 +247,7 @@ def _scores(rule: str, members: Sequence[RunRecord], split: str) -> Scores | Non
 
 
 def _tested(
-    rows: tuple[ContrastRow, ...], scored: Sequence[Scores | None], *, draws: int, level: float, seed: int
+    rows: tuple[ContrastRow, ...], scored: Sequence[Scores | None], test: PairedTest
 ) -> tuple[tuple[ContrastRow, ...], list[str]]:
     """Return the rows with their tests, and what has to be said about them."""
     scores = [found for found in scored if found is not None]
@@ -280,10 +276,10 @@ def _tested(
         if users < FEW_USERS:
             few.add(users)
         right = [scores[at].right for at in others]
-        tests = paired_test(scores[first].right, right, scores[first].user, draws=draws, seed=seed)
+        tests = paired_test(scores[first].right, right, scores[first].user, draws=test.draws, seed=test.seed)
         for at, (behind, p) in zip(others, tests, strict=True):
             out[at] = replace(rows[at], behind=behind, p=p)
-        out[first] = replace(rows[first], best=all(p < level and behind.low > 0 for behind, p in tests))
+        out[first] = replace(rows[first], best=all(p < test.level and behind.low > 0 for behind, p in tests))
     if few:
         counts = " or ".join(map(str, sorted(few)))
         notes.append(f"There are {counts} users; with fewer than {FEW_USERS} the test is too sure of itself.")

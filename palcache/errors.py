@@ -5,6 +5,9 @@ A message is one sentence: what was got, what was expected, where, and what to d
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
+
 
 class PalcacheError(Exception):
     """Base of all errors that palcache raises on purpose."""
@@ -36,3 +39,9 @@ class StorageError(PalcacheError):
 
 class PalcacheWarning(UserWarning):
     """Something was left out or looks wrong, and the work goes on."""
+
+
+def did_you_mean(name: str, known: Sequence[str], otherwise: str) -> str:
+    """Return the end of a message about an unknown name: the nearest known one, or else another sentence."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else otherwise

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from palcache.cache import Cache, joint_space_of
+from palcache.cache import Cache
 from palcache.devices import free_memory, resolve_device
 from palcache.storage.comparison_files import StoredComparisons
-from palcache.tensors import MEMORY_SHARE, PreferenceData, VectorTable, find_rows
+from palcache.table_spaces import find_rows, joint_space_of
+from palcache.tensors import MEMORY_SHARE, ComparisonData, PreferenceData, on_device
+from palcache.vector_tables import VectorTable
 
 
 @final
@@ -40,7 +40,7 @@ class JointBatch:
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
-class JointData:
+class JointData(ComparisonData[JointBatch]):
     """Comparisons and the vectors of their joint items on one device.
 
     Attributes:
@@ -61,30 +61,10 @@ class JointData:
     y: torch.Tensor
     users: tuple[str, ...]
 
-    def __len__(self) -> int:
-        return len(self.y)
-
-    @property
-    def device(self) -> torch.device:
-        """Where batches are."""
-        return self.y.device
-
     @property
     def width(self) -> int:
         """Width of the vectors, d."""
         return self.items.width
-
-    def take(self, rows: npt.NDArray[np.int64]) -> JointData:
-        """Return some of the comparisons, over the same vectors."""
-        at = torch.from_numpy(rows).to(self.device)
-        names = ("item_1", "item_2", "user", "y")
-        return replace(self, **{name: getattr(self, name)[at] for name in names})
-
-    def with_users(self, users: Sequence[str]) -> JointData:
-        """Return the same comparisons with users numbered as in `users`; others become -1."""
-        number = {user: i for i, user in enumerate(users)}
-        table = torch.tensor([number.get(user, -1) for user in self.users] + [-1], device=self.device)
-        return replace(self, user=table[self.user], users=tuple(users))
 
     def batch(self, rows: torch.Tensor) -> JointBatch:
         """Return some comparisons with each distinct item once.
@@ -98,11 +78,6 @@ class JointData:
         n = len(rows)
         items = self.items.take(distinct)
         return JointBatch(items, prompts, inverse[:n], inverse[n:], self.user[rows], self.y[rows])
-
-    def batches(self, size: int) -> Iterator[JointBatch]:
-        """Yield all comparisons in order, `size` at a time."""
-        for rows in torch.split(torch.arange(len(self), device=self.device), size):
-            yield self.batch(rows)
 
 
 def load_joint(
@@ -131,9 +106,9 @@ def load_joint(
     return JointData(
         items=VectorTable(opened, rows, where, resident=resident),
         prompts=VectorTable(opened, rows, where, resident=resident, which="prompt") if prompt_state else None,
-        item_1=torch.from_numpy(np.ascontiguousarray(items[:, 0])).to(where),
-        item_2=torch.from_numpy(np.ascontiguousarray(items[:, 1])).to(where),
-        user=torch.from_numpy(table.users.codes.astype(np.int64)).to(where),
+        item_1=on_device(items[:, 0], where),
+        item_2=on_device(items[:, 1], where),
+        user=on_device(table.users.codes, where),
         y=torch.from_numpy(table.y.astype(np.float32)).to(where),
         users=tuple(table.users.values.to_pylist()),
     )

@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from dataclasses import dataclass
+from typing import Final, final
 
 import numpy as np
 import numpy.typing as npt
 
+from palcache.errors import InputError
 from palcache.metrics import DRAWN_AT_ONCE, Array, Codes, Estimate
 
 DRAWS: Final = 10_000
 LEVEL: Final = 0.05
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class PairedTest:
+    """How rules are tested against each other.
+
+    Attributes:
+        draws: of the bootstrap.
+        level: below which a p-value supports a difference.
+        seed: of the bootstrap.
+    """
+
+    draws: int = DRAWS
+    level: float = LEVEL
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.draws < 1 or not 0 < self.level < 1:
+            raise InputError(
+                f"Got {self.draws} draws and the level {self.level}; expected at least one draw and a level in (0, 1)."
+            )
 
 
 def paired_test(

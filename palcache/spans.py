@@ -9,9 +9,10 @@ from typing import Any, Final, final
 import numpy as np
 import numpy.typing as npt
 
-from palcache.cache import Cache, Space, joint_space_of, spaces_of
+from palcache.cache import Cache, Space
 from palcache.errors import MismatchError
 from palcache.storage.comparison_files import StoredComparisons
+from palcache.table_spaces import joint_space_of, spaces_of
 
 CHUNK_TOKENS: Final = 1 << 22
 """Tokens compared at once: memory stays flat however many comparisons there are."""

@@ -12,14 +12,15 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from palcache.comparisons import COLUMNS, Comparisons, Place, Ties, form_of, normalise, texts_of
+from palcache.columns import COLUMNS, Place, Ties, form_of, normalise, texts_of
+from palcache.comparisons import Comparisons
 from palcache.errors import InputError
 
 _BATCH_ROWS = 65_536
 _CSV_BLOCK = 16 << 20
+"""Bytes; pyarrow refuses a row that is longer than a block, and its own 1 MiB is not enough for every text."""
 _GIVEN = {"user_id": "-", "y": "1"}
 """What stands in the columns of questions that nobody has answered."""
-"""Bytes; pyarrow refuses a row that is longer than a block, and its own 1 MiB is not enough for every text."""
 
 
 def read_comparisons(

@@ -2,142 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Protocol, final
+from typing import Any, Final, Generic, Self, TypeVar, final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from palcache.cache import Cache, Space, spaces_of
+from palcache.cache import Cache
 from palcache.devices import free_memory, resolve_device
-from palcache.errors import MismatchError, NumericsError
-from palcache.fingerprints import Keys, hex_key
 from palcache.storage.comparison_files import StoredComparisons
-from palcache.storage.spaces import Which
+from palcache.table_spaces import find_rows, spaces_of
+from palcache.vector_tables import Table, TensorTable, VectorTable, take_distinct
+
+__all__ = [
+    "MEMORY_SHARE",
+    "ComparisonData",
+    "PairBatch",
+    "PreferenceData",
+    "Table",
+    "TensorTable",
+    "VectorTable",
+    "load_preferences",
+    "on_device",
+]
 
 MEMORY_SHARE: Final = 0.4
 """Vectors go to the device at once if they fill at most this share of its free memory; else they are streamed."""
-
-
-class Table(Protocol):
-    """Rows of float32 vectors, found by their position."""
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-
-    @property
-    def width(self) -> int:
-        """Width of the vectors, d."""
-
-    @property
-    def streamed(self) -> bool:
-        """Vectors are read batch by batch."""
-
-    @property
-    def resident(self) -> torch.Tensor | None:
-        """All vectors, (m, d), where they are at hand."""
-
-    def take(self, index: torch.Tensor) -> torch.Tensor:
-        """Return vectors by their position, (n,) -> (n, d) float32."""
-
-
-@final
-class VectorTable:
-    """Rows of float32 vectors on a device: resident, or read batch by batch through the memory map.
-
-    Args:
-        space: where the vectors are.
-        rows: the table's rows in the space, (m,).
-        device: where batches are wanted.
-        resident: keep all vectors on the device.
-        which: of a joint space, the items' vectors or the states at the ends of their prompts.
-    """
-
-    def __init__(
-        self,
-        space: Space,
-        rows: npt.NDArray[np.int64],
-        device: torch.device,
-        *,
-        resident: bool,
-        which: Which = "pooled",
-    ) -> None:
-        self.width, self.device, self._which = space.width, device, which
-        self._space, self._rows = space, torch.from_numpy(rows)
-        self._resident = space.rows(rows, which=which).float().to(device) if resident else None
-        if self._resident is not None:
-            refuse_non_finite(self._resident, space, self._rows)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    @property
-    def streamed(self) -> bool:
-        """Vectors are read through the memory map, batch by batch."""
-        return self._resident is None
-
-    @property
-    def resident(self) -> torch.Tensor | None:
-        """All vectors, (m, d), where they are on the device."""
-        return self._resident
-
-    def take(self, index: torch.Tensor) -> torch.Tensor:
-        """Return vectors by their position in this table, (n,) -> (n, d) float32."""
-        if self._resident is not None:
-            return torch.index_select(self._resident, 0, index)
-        rows = self._rows[index.cpu()]
-        vectors = self._space.rows(rows, which=self._which)
-        refuse_non_finite(vectors, self._space, rows)
-        return vectors.to(self.device).float()
-
-
-@final
-@dataclass(frozen=True, slots=True, eq=False)
-class TensorTable:
-    """Rows of float32 vectors at hand, (m, d), with the interface of `VectorTable`."""
-
-    vectors: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.vectors)
-
-    @property
-    def width(self) -> int:
-        """Width of the vectors, d."""
-        return int(self.vectors.shape[-1])
-
-    @property
-    def streamed(self) -> bool:
-        """The vectors are in memory."""
-        return False
-
-    @property
-    def resident(self) -> torch.Tensor:
-        """All vectors, (m, d)."""
-        return self.vectors
-
-    def take(self, index: torch.Tensor) -> torch.Tensor:
-        """Return vectors by their position in this table, (n,) -> (n, d)."""
-        return torch.index_select(self.vectors, 0, index)
-
-
-def refuse_non_finite(vectors: torch.Tensor, space: Space, rows: torch.Tensor) -> None:
-    """Raise NumericsError where a vector is not finite, naming its row in the space.
-
-    Args:
-        vectors: (n, d).
-        space: where they come from.
-        rows: the row of each, (n,).
-    """
-    good = torch.isfinite(vectors).all(dim=1)
-    if not bool(good.all()):
-        first = int(rows[int(torch.nonzero(~good)[0])])
-        raise NumericsError(
-            f"The vector of row {first} in the {space.role} space {space.space_id[:8]} is not finite; run palcache cache "
-            "verify on the cache, and embed again with --compute-dtype float32."
-        )
 
 
 @final
@@ -172,9 +66,64 @@ class PairBatch:
     comparison: torch.Tensor | None = None
 
 
+Batch = TypeVar("Batch")
+
+
+class ComparisonData(ABC, Generic[Batch]):
+    """Base of comparisons and their vectors on one device.
+
+    Abstract: a kind of data is a frozen dataclass with these fields among its own, of which every tensor has a row per
+    comparison, and adds `batch`.
+
+    Attributes:
+        user: number of the user in `users`, (n,) int64; -1 where unknown.
+        y: -1, 0 or +1, (n,) float32.
+        users: ids of the users.
+    """
+
+    __slots__ = ()
+    user: torch.Tensor
+    y: torch.Tensor
+    users: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are."""
+        return self.y.device
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Self:
+        """Return some of the comparisons, over the same vectors."""
+        at = torch.from_numpy(rows).to(self.device)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        taken = {name: value[at] for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return replace(self, **taken)  # type: ignore[type-var]
+
+    def with_users(self, users: Sequence[str]) -> Self:
+        """Return the same comparisons with users numbered as in `users`; others become -1."""
+        number = {user: i for i, user in enumerate(users)}
+        table = torch.tensor([number.get(user, -1) for user in self.users] + [-1], device=self.device)
+        return replace(self, user=table[self.user], users=tuple(users))  # type: ignore[type-var]
+
+    @abstractmethod
+    def batch(self, rows: torch.Tensor) -> Batch:
+        """Return some comparisons with what they need of the vectors, each once.
+
+        Args:
+            rows: row numbers on the data's device, (n,).
+        """
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """Yield all comparisons in order, `size` at a time."""
+        for rows in torch.split(torch.arange(len(self), device=self.device), size):
+            yield self.batch(rows)
+
+
 @final
 @dataclass(frozen=True, slots=True, eq=False)
-class PreferenceData:
+class PreferenceData(ComparisonData[PairBatch]):
     """Comparisons and their vectors on one device.
 
     Attributes:
@@ -199,14 +148,6 @@ class PreferenceData:
     users: tuple[str, ...]
     joint: bool = False
 
-    def __len__(self) -> int:
-        return len(self.y)
-
-    @property
-    def device(self) -> torch.device:
-        """Where batches are."""
-        return self.y.device
-
     @property
     def width(self) -> int:
         """Width of the vectors, d."""
@@ -216,18 +157,6 @@ class PreferenceData:
     def streamed(self) -> bool:
         """Vectors are read through the memory map, batch by batch."""
         return self.prompts.streamed or self.responses.streamed
-
-    def take(self, rows: npt.NDArray[np.int64]) -> PreferenceData:
-        """Return some of the comparisons, over the same vectors."""
-        at = torch.from_numpy(rows).to(self.device)
-        names = ("prompt", "response_1", "response_2", "user", "y")
-        return replace(self, **{name: getattr(self, name)[at] for name in names})
-
-    def with_users(self, users: Sequence[str]) -> PreferenceData:
-        """Return the same comparisons with users numbered as in `users`; others become -1."""
-        number = {user: i for i, user in enumerate(users)}
-        table = torch.tensor([number.get(user, -1) for user in self.users] + [-1], device=self.device)
-        return replace(self, user=table[self.user], users=tuple(users))
 
     def batch(self, rows: torch.Tensor) -> PairBatch:
         """Return some comparisons with each distinct vector once.
@@ -250,22 +179,6 @@ class PreferenceData:
             prompt_names=prompt_names,
             response_names=response_names,
         )
-
-    def batches(self, size: int) -> Iterator[PairBatch]:
-        """Yield all comparisons in order, `size` at a time."""
-        for rows in torch.split(torch.arange(len(self), device=self.device), size):
-            yield self.batch(rows)
-
-
-def take_distinct(table: Table, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the vectors at `index`, where each stands among them, and their positions in the table.
-
-    Each is read once where repeats are likely; elsewhere finding them costs more than it saves.
-    """
-    if len(table) > 8 * len(index):
-        return table.take(index), torch.arange(len(index), device=index.device), index
-    distinct, inverse = torch.unique(index, return_inverse=True)
-    return table.take(distinct), inverse, distinct
 
 
 def load_preferences(
@@ -293,40 +206,18 @@ def load_preferences(
     needed = sum(4 * len(r) * s.width for r, s in zip(rows, spaces, strict=True))
     resident = needed <= MEMORY_SHARE * free_memory(where)
     table = stored.comparisons
-
-    def to_device(array: npt.NDArray[np.int32]) -> torch.Tensor:
-        return torch.from_numpy(array.astype(np.int64)).to(where)
-
     return PreferenceData(
         prompts=VectorTable(spaces[0], rows[0], where, resident=resident),
         responses=VectorTable(spaces[1], rows[1], where, resident=resident),
-        prompt=to_device(table.prompts.codes),
-        response_1=to_device(table.response_1),
-        response_2=to_device(table.response_2),
-        user=to_device(table.users.codes),
+        prompt=on_device(table.prompts.codes, where),
+        response_1=on_device(table.response_1, where),
+        response_2=on_device(table.response_2, where),
+        user=on_device(table.users.codes, where),
         y=torch.from_numpy(table.y.astype(np.float32)).to(where),
         users=tuple(table.users.values.to_pylist()),
     )
 
 
-def find_rows(space: Space, keys: Keys, what: str, name: str, cache: Cache) -> npt.NDArray[np.int64]:
-    """Return the rows of keys in a space, (m,).
-
-    Args:
-        space: where to look.
-        keys: (m, 16).
-        what: the items' name in messages.
-        name: of the comparison table.
-        cache: that holds both.
-
-    Raises:
-        MismatchError: a key is not there.
-    """
-    rows = space.find(keys)
-    missing = np.flatnonzero(rows < 0)
-    if len(missing):
-        raise MismatchError(
-            f"{len(missing)} of {len(rows)} {what} of the table {name} have no vector in {cache.path} (the first has the "
-            f"key {hex_key(keys[missing[0]])}); run palcache embed on the table again, and see failed.jsonl there."
-        )
-    return rows
+def on_device(numbers: npt.NDArray[np.integer[Any]], device: torch.device) -> torch.Tensor:
+    """Return whole numbers on a device, as int64."""
+    return torch.from_numpy(np.ascontiguousarray(numbers, np.int64)).to(device)

@@ -6,8 +6,8 @@ pair of rows of a `PairBatch`, so that only states with a part in the loss are r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import final
 
 import numpy as np
@@ -19,17 +19,10 @@ from palcache.choices import PromptAlignment
 from palcache.devices import free_memory, resolve_device
 from palcache.spans import divergence_spans
 from palcache.storage.comparison_files import StoredComparisons
-from palcache.tensors import (
-    MEMORY_SHARE,
-    PairBatch,
-    PreferenceData,
-    Table,
-    TensorTable,
-    VectorTable,
-    find_rows,
-    take_distinct,
-)
+from palcache.table_spaces import find_rows
+from palcache.tensors import MEMORY_SHARE, ComparisonData, PairBatch, PreferenceData, on_device
 from palcache.token_states import LastStates, RaggedRows, StateRows, StreamedRows, load_rows, take_positions
+from palcache.vector_tables import Table, TensorTable, VectorTable, take_distinct
 
 
 @final
@@ -105,7 +98,7 @@ def _positions(begin: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, t
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
-class TokenData:
+class TokenData(ComparisonData[TokenBatch]):
     """Comparisons over texts with a hidden state at every token.
 
     Attributes:
@@ -133,14 +126,6 @@ class TokenData:
     span: torch.Tensor
     joint: bool = False
 
-    def __len__(self) -> int:
-        return len(self.y)
-
-    @property
-    def device(self) -> torch.device:
-        """Where batches are."""
-        return self.y.device
-
     @property
     def width(self) -> int:
         """Width of the states, d."""
@@ -155,18 +140,6 @@ class TokenData:
     def alignment(self) -> PromptAlignment:
         """What a response's position meets: the prompt's vector, or the prompt's state at the same position."""
         return "position" if isinstance(self.prompts, RaggedRows | StreamedRows) else "pooled"
-
-    def take(self, rows: npt.NDArray[np.int64]) -> TokenData:
-        """Return some of the comparisons, over the same states."""
-        at = torch.from_numpy(rows).to(self.device)
-        names = ("prompt", "response_1", "response_2", "user", "y", "span")
-        return replace(self, **{name: getattr(self, name)[at] for name in names})
-
-    def with_users(self, users: Sequence[str]) -> TokenData:
-        """Return the same comparisons with users numbered as in `users`; others become -1."""
-        number = {user: i for i, user in enumerate(users)}
-        table = torch.tensor([number.get(user, -1) for user in self.users] + [-1], device=self.device)
-        return replace(self, user=table[self.user], users=tuple(users))
 
     def served(self) -> PreferenceData:
         """Return the comparisons as rewards are served: on the last state of each response, and of each prompt."""
@@ -202,11 +175,6 @@ class TokenData:
         user, y = self.user[rows], self.y[rows]
         pairs = PairBatch(prompts, prompt, responses, place[:m], place[m:], user, y, prompt_names, names, comparison)
         return TokenBatch(pairs, comparison, at - first[comparison] + 1, count)
-
-    def batches(self, size: int) -> Iterator[TokenBatch]:
-        """Yield all comparisons in order, `size` at a time."""
-        for rows in torch.split(torch.arange(len(self), device=self.device), size):
-            yield self.batch(rows)
 
 
 def load_tokens(
@@ -252,20 +220,16 @@ def load_tokens(
             prompts = load_rows(space, own, where, resident=_bytes(space, own) <= left)
         else:
             prompts = VectorTable(space, own, where, resident=4 * len(own) * space.width <= left)
-
-    def to_device(array: npt.NDArray[np.integer]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, np.int64)).to(where)
-
     return TokenData(
         prompts=prompts,
         responses=responses,
-        prompt=to_device(np.zeros_like(table.y) if joint else table.prompts.codes),
-        response_1=to_device(sides[0]),
-        response_2=to_device(sides[1]),
-        user=to_device(table.users.codes),
+        prompt=on_device(np.zeros_like(table.y) if joint else table.prompts.codes, where),
+        response_1=on_device(sides[0], where),
+        response_2=on_device(sides[1], where),
+        user=on_device(table.users.codes, where),
         y=torch.from_numpy(table.y.astype(np.float32)).to(where),
         users=tuple(table.users.values.to_pylist()),
-        span=to_device(np.stack([span.first, span.end], axis=-1)),
+        span=on_device(np.stack([span.first, span.end], axis=-1), where),
         joint=joint,
     )
 

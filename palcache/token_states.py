@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from palcache.cache import Space
-from palcache.tensors import refuse_non_finite
+from palcache.vector_tables import refuse_non_finite
 
 TOKEN_BITS: Final = 24
 """A state's name is its row times 2^24 plus its token."""

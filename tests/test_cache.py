@@ -17,15 +17,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from palcache.cache import MANIFEST, Cache, Space, spaces_of
+from palcache.cache import MANIFEST, Cache, Space
 from palcache.configs import StoredDtype
 from palcache.errors import CacheError, InputError, MismatchError, StorageError
 from palcache.fingerprints import Keys
 from palcache.storage.comparison_files import StoredComparisons
+from palcache.storage.datasets import ShardHeader
 from palcache.storage.indexes import KeyIndex
-from palcache.storage.layouts import ShardHeader, create_shard
+from palcache.storage.layouts import create_shard
 from palcache.storage.numerics import to_stored
 from palcache.storage.shards import ShardWriter
+from palcache.table_spaces import spaces_of
 from tests.children import CONTEXT, finish, start
 from tests.stubs import contents, small_table
 

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palcache.comparisons import OPTIONAL, Column, Comparisons, Place, Ties, form_of, normalise, texts_of
+from palcache.columns import Place, form_of, normalise, texts_of
+from palcache.comparisons import OPTIONAL, Column, Comparisons, Ties
 from palcache.errors import InputError, PalcacheWarning
 
 Row = dict[str, Any]

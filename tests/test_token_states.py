@@ -28,7 +28,7 @@ from palcache.encoders.hidden_states import HiddenStateEncoder, load_hidden_stat
 from palcache.errors import CacheError, InputError, NumericsError
 from palcache.joints import load_joint
 from palcache.spans import comparison_spans, divergence_spans
-from palcache.storage.layouts import sampled_rows
+from palcache.storage.datasets import sampled_rows
 from palcache.tensors import load_preferences
 from tests.models import corpus, save_model
 from tests.stubs import StubEncoder, contents, differing, flip_bit, small_table

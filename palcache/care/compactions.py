@@ -19,8 +19,8 @@ from palcache.fingerprints import Keys, canonical_json, hex_key
 from palcache.storage.claims import next_sequence, survey
 from palcache.storage.comparison_files import StoredComparisons
 from palcache.storage.copies import copy_rows
+from palcache.storage.datasets import TOKEN_SHARD_BYTES
 from palcache.storage.indexes import KeyIndex
-from palcache.storage.layouts import TOKEN_SHARD_BYTES
 from palcache.storage.locks import locked, rewriting
 from palcache.storage.references import named_spaces, wanted_keys
 from palcache.storage.shards import FAILED, Shard

@@ -5,33 +5,25 @@ Everything is read and written block by block, so memory stays flat however larg
 
 from __future__ import annotations
 
-import functools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, final
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet
 import torch
 
-from palcache.cache import Cache, Space
+from palcache.cache import Cache
+from palcache.care.export_jobs import ExportArray, ExportJob, plain, text_arrays
 from palcache.configs import ExportFormat
 from palcache.errors import InputError
 from palcache.files import storage_errors, write_bytes, write_with
-from palcache.fingerprints import KEY_BYTES, Keys, canonical_json, hex_key
-from palcache.storage.comparison_files import StoredComparisons
-from palcache.storage.indexes import KeyIndex
-from palcache.storage.references import known_items
+from palcache.fingerprints import KEY_BYTES, canonical_json, hex_key
 
-BLOCK: Final = 16_384
-BLOCK_TOKENS: Final = 65_536
-"""Rows, and kept tokens, read and written at a time."""
 _SAFETENSORS: Final[Mapping[torch.dtype, str]] = {
     torch.float32: "F32",
     torch.float16: "F16",
@@ -41,7 +33,6 @@ _SAFETENSORS: Final[Mapping[torch.dtype, str]] = {
     torch.uint8: "U8",
 }
 OnRows = Callable[[int, int], None]
-_Rows = npt.NDArray[np.int64]
 
 
 @final
@@ -102,7 +93,7 @@ def export_cache(
         folder.mkdir(parents=True, exist_ok=True)
     total, done, out = sum(len(space.index) for space in chosen), 0, []
     for space in chosen:
-        job = _Job.of(space, tables, folder)
+        job = ExportJob.of(space, tables, folder)
         paths = {"safetensors": _write_safetensors, "parquet": _write_parquet, "npy": _write_npy}[form](job)
         done += len(job.rows)
         if on_rows:
@@ -121,126 +112,9 @@ def _choose(cache: Cache, wanted: Sequence[str]) -> list[str]:
     return sorted({space_id for found in fits.values() for space_id in found}) if wanted else cache.space_ids
 
 
-@final
-@dataclass(frozen=True, slots=True, eq=False)
-class _Array:
-    """An array to write: its name, type and shape, and its blocks in order."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    blocks: Callable[[], Iterator[torch.Tensor]]
-
-
-@final
-@dataclass(frozen=True, slots=True, eq=False)
-class _Job:
-    """A space to write: its usable rows in order, the texts by column, and which of them belongs to each row (-1 none)."""
-
-    space: Space
-    rows: _Rows
-    keys: Keys
-    texts: Mapping[str, pa.Array]
-    text_at: _Rows
-    token_offsets: _Rows
-    stem: Path
-
-    @classmethod
-    def of(cls, space: Space, tables: Sequence[StoredComparisons], folder: Path) -> _Job:
-        rows = np.sort(space.index.positions)
-        keys = np.concatenate([*(shard.keys for shard in space.shards), np.empty((0, KEY_BYTES), np.uint8)])[rows]
-        items = known_items(tables, space.role)
-        at = KeyIndex.build(items.keys).find(keys)
-        texts = {"text": items.texts} if items.prompts is None else {"text": items.texts, "prompt": items.prompts}
-        counts = space.token_lengths(rows) if "tokens" in space.spec else np.zeros(len(rows), np.int64)
-        offsets = np.concatenate([[0], np.cumsum(counts)])
-        return cls(space, rows, keys, texts, at, offsets, folder / f"{space.role}-{space.space_id[:8]}")
-
-    @property
-    def keeps_tokens(self) -> bool:
-        return "tokens" in self.space.spec
-
-    @property
-    def about(self) -> dict[str, str]:
-        return {"space_id": self.space.space_id, "spec": canonical_json(self.space.spec).decode()}
-
-    def path(self, ending: str) -> Path:
-        return self.stem.with_name(self.stem.name + ending)
-
-    def ranges(self) -> Iterator[slice]:
-        """Yield the rows in turn, `BLOCK` at a time and no more than `BLOCK_TOKENS` kept tokens, but a row at least."""
-        start = 0
-        while start < len(self.rows):
-            within = np.searchsorted(self.token_offsets, self.token_offsets[start] + BLOCK_TOKENS, side="right") - 1
-            stop = min(start + BLOCK, max(start + 1, int(within)), len(self.rows))
-            yield slice(start, stop)
-            start = stop
-
-    def text_block(self, name: str, part: slice) -> pa.Array:
-        at = self.text_at[part]
-        return self.texts[name].take(pa.array(at, mask=at < 0))
-
-    def each(self, read: Callable[[_Rows], torch.Tensor]) -> Callable[[], Iterator[torch.Tensor]]:
-        """Return what yields a block for each range of rows."""
-        return lambda: (read(self.rows[part]) for part in self.ranges())
-
-    def arrays(self) -> list[_Array]:
-        """Return what is written of the rows besides their texts."""
-        space, n, tokens = self.space, len(self.rows), int(self.token_offsets[-1])
-        kind = space.rows(self.rows[:0]).dtype
-        vectors = (n, space.width)
-        found = [
-            _Array("vectors", kind, vectors, self.each(space.rows)),
-            _Array("keys", torch.uint8, (n, KEY_BYTES), functools.partial(_once, torch.from_numpy(self.keys.copy()))),
-        ]
-        if space.spec.get("prompt_state"):
-            found.append(
-                _Array("prompt_vectors", kind, vectors, self.each(lambda rows: space.rows(rows, which="prompt")))
-            )
-        if self.keeps_tokens:
-            states, ids = (
-                self.each(lambda rows: space.tokens(rows)[0]),
-                self.each(lambda rows: space.token_ids(rows)[0].int()),
-            )
-            offsets = torch.from_numpy(self.token_offsets)
-            found += [
-                _Array("token_values", kind, (tokens, space.width), states),
-                _Array("token_ids", torch.int32, (tokens,), ids),
-                _Array("token_offsets", torch.int64, (n + 1,), functools.partial(_once, offsets)),
-            ]
-        return found
-
-
-def _plain(values: torch.Tensor) -> npt.NDArray[Any]:
-    """Return values as numpy has them; bfloat16 becomes float32, which holds every value of it."""
-    array: npt.NDArray[Any] = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
-    return np.ascontiguousarray(array)
-
-
-def _text_arrays(job: _Job) -> Iterator[_Array]:
-    """Yield texts as bytes and where each begins; a missing one is empty."""
-    for name in job.texts:
-        blocks = [pc.fill_null(pc.binary_length(job.text_block(name, part)), 0).to_numpy() for part in job.ranges()]
-        counts = np.concatenate([*blocks, np.empty(0, np.int64)])
-        offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]))
-        read = functools.partial(_text_blocks, job, name)
-        yield _Array(f"{name}_bytes", torch.uint8, (int(offsets[-1]),), read)
-        yield _Array(f"{name}_offsets", torch.int64, (len(offsets),), functools.partial(_once, offsets))
-
-
-def _text_blocks(job: _Job, name: str) -> Iterator[torch.Tensor]:
-    for part in job.ranges():
-        content = "".join(text or "" for text in job.text_block(name, part).to_pylist()).encode()
-        yield torch.from_numpy(np.frombuffer(content, np.uint8).copy())
-
-
-def _once(values: torch.Tensor) -> Iterator[torch.Tensor]:
-    yield values
-
-
-def _write_safetensors(job: _Job) -> list[Path]:
+def _write_safetensors(job: ExportJob) -> list[Path]:
     """Write one file: the length of a JSON header (u64), the header, then the arrays, those of wide values first."""
-    arrays = sorted([*job.arrays(), *_text_arrays(job)], key=lambda array: -array.dtype.itemsize)
+    arrays = sorted([*job.arrays(), *text_arrays(job)], key=lambda array: -array.dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": job.about}
     at = 0
     for array in arrays:
@@ -267,10 +141,10 @@ def _write_safetensors(job: _Job) -> list[Path]:
 
 
 def _lists(values: torch.Tensor, width: int) -> pa.FixedSizeListArray:
-    return pa.FixedSizeListArray.from_arrays(pa.array(_plain(values).reshape(-1)), width)
+    return pa.FixedSizeListArray.from_arrays(pa.array(plain(values).reshape(-1)), width)
 
 
-def _write_parquet(job: _Job) -> list[Path]:
+def _write_parquet(job: ExportJob) -> list[Path]:
     space, width = job.space, job.space.width
     kind = {torch.float16: pa.float16()}.get(space.rows(job.rows[:0]).dtype, pa.float32())
     columns = [("key", pa.binary(KEY_BYTES)), *((name, pa.large_string()) for name in job.texts)]
@@ -306,7 +180,7 @@ def _write_parquet(job: _Job) -> list[Path]:
     return [path]
 
 
-def _write_npy(job: _Job) -> list[Path]:
+def _write_npy(job: ExportJob) -> list[Path]:
     paths = [_write_array(job, array) for array in job.arrays()]
 
     def write_texts(temporary: Path) -> None:
@@ -324,8 +198,8 @@ def _write_npy(job: _Job) -> list[Path]:
     return paths
 
 
-def _write_array(job: _Job, array: _Array) -> Path:
-    dtype = _plain(torch.empty(0, dtype=array.dtype)).dtype
+def _write_array(job: ExportJob, array: ExportArray) -> Path:
+    dtype = plain(torch.empty(0, dtype=array.dtype)).dtype
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
@@ -334,7 +208,7 @@ def _write_array(job: _Job, array: _Array) -> Path:
                 {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": array.shape},
             )
             for block in array.blocks():
-                file.write(_plain(block).data)
+                file.write(plain(block).data)
 
     path = job.path(f".{array.name}.npy")
     write_with(path, write)

@@ -26,8 +26,9 @@ from palcache.fingerprints import digest
 from palcache.storage.claims import make_claim, survey
 from palcache.storage.comparison_files import StoredComparisons
 from palcache.storage.copies import copy_rows, draft_rows
+from palcache.storage.datasets import ShardHeader
 from palcache.storage.indexes import KeyIndex
-from palcache.storage.layouts import ShardHeader, create_shard, open_shard
+from palcache.storage.layouts import create_shard, open_shard
 from palcache.storage.locks import locked, rewriting
 from palcache.storage.references import Items, known_items, wanted_keys
 from palcache.storage.salvages import Salvage, is_whole, likely_headers, read_versions, salvage_shard

@@ -60,14 +60,9 @@ def embed_tables(  # noqa: PLR0913 - keyword-only options
         StorageError: the disk is full or read-only.
     """
     config, split = config or EmbedConfig(), split or SplitConfig()
-    summary = EmbedSummary()
+    load, summary = make_encoder or load_default, EmbedSummary()
     with summary.timed("read"):
-        if isinstance(tables, Comparisons):
-            name, comparisons = name or "comparisons", tables
-        else:
-            comparisons = read_comparisons(tables, columns=columns, ties=ties, seed=split.seed)
-            name = name or tables[0].stem
-        comparisons = split_comparisons(comparisons, split)
+        name, comparisons = _read(tables, name, columns, ties, split)
     rank = find_rank(os.environ)
     if rank is not None and config.device == "auto" and not devices:
         config = replace(config, device=rank.device)
@@ -76,27 +71,33 @@ def embed_tables(  # noqa: PLR0913 - keyword-only options
         if encoder is not None:
             raise InputError("Got an encoder and devices; workers load their own, so give make_encoder.")
         return embed_with_workers(
-            comparisons, Cache.create(cache), devices=devices, make_encoder=make_encoder or load_default, name=name,
+            comparisons, Cache.create(cache), devices=devices, make_encoder=load, name=name,
             config=config, about=about, on_progress=on_progress, summary=summary,
         )  # fmt: skip
     if encoder is None:
         with summary.timed("model"):
-            encoder = (make_encoder or load_default)(config)
+            encoder = load(config)
     if plan:
         existing = Cache(cache) if (cache / MANIFEST).is_file() else None
-        planned = plan_embedding(comparisons, encoder, existing, config=config)
-        return replace(planned, seconds=summary.seconds)
+        return replace(plan_embedding(comparisons, encoder, existing, config=config), seconds=summary.seconds)
     return embed_comparisons(
-        comparisons,
-        encoder,
-        Cache.create(cache),
-        name=name,
-        config=config,
-        about=about,
-        on_progress=on_progress,
-        summary=summary,
-        parts=rank.world if rank is not None else 1,
-    )
+        comparisons, encoder, Cache.create(cache), name=name, config=config, about=about,
+        on_progress=on_progress, summary=summary, parts=rank.world if rank is not None else 1,
+    )  # fmt: skip
+
+
+def _read(
+    tables: Sequence[Path] | Comparisons,
+    name: str | None,
+    columns: Mapping[str, str] | None,
+    ties: Ties,
+    split: SplitConfig,
+) -> tuple[str, Comparisons]:
+    """Return the name and the comparisons of the table, split."""
+    if isinstance(tables, Comparisons):
+        return name or "comparisons", split_comparisons(tables, split)
+    comparisons = read_comparisons(tables, columns=columns, ties=ties, seed=split.seed)
+    return name or tables[0].stem, split_comparisons(comparisons, split)
 
 
 def load_default(config: EmbedConfig) -> Encoder:

@@ -17,7 +17,7 @@ from palcache.encoders import Encoder, KeptTokens, Role, StateEncoder, States, T
 from palcache.encoders.windows import row_tokens
 from palcache.errors import InputError
 from palcache.fingerprints import Keys
-from palcache.storage.layouts import (
+from palcache.storage.datasets import (
     COSINE,
     FILE_DTYPES,
     POOLED,

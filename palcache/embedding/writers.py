@@ -24,8 +24,9 @@ from palcache.errors import CacheError, ModelError, NumericsError
 from palcache.files import storage_errors
 from palcache.fingerprints import KEY_BYTES, canonical_json, hex_key
 from palcache.storage.claims import Claim, adoptable, make_claim, next_sequence, survey
+from palcache.storage.datasets import ShardHeader
 from palcache.storage.indexes import KeyIndex
-from palcache.storage.layouts import ShardHeader, create_shard
+from palcache.storage.layouts import create_shard
 from palcache.storage.locks import locked
 from palcache.storage.numerics import UnfitRowError
 from palcache.storage.shards import FAILED, TRUNCATED, Shard, ShardWriter

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 
@@ -23,9 +23,30 @@ from palcache.noises import Noise
 from palcache.tensors import PairBatch
 
 
+class Yardstick:
+    """Base of the shapes of yardsticks: responses are read alone, and the logistic loss is the likelihood of the model.
+
+    Abstract: a yardstick adds its fields, `initial`, `mixtures` and `margins`.
+
+    Attributes:
+        joint: never.
+        closed_form: it is solved at once; else it is trained step by step, in all its parameters.
+        loss: by which it is compared with other heads.
+    """
+
+    __slots__ = ()
+    joint: ClassVar[bool] = False
+    closed_form: ClassVar[bool] = False
+    loss: ClassVar[Loss] = "logistic"
+
+    def trains(self, name: str) -> bool:  # noqa: ARG002 - one rule for all names
+        """Return whether training changes a parameter: all of them, or none where they are solved."""
+        return not self.closed_form
+
+
 @final
 @dataclass(frozen=True, slots=True)
-class BradleyTerry:
+class BradleyTerry(Yardstick):
     """One reward for all: `r(item) = s v . f(item)` with s = exp(logit_scale); linear where f is the identity.
 
     Attributes:
@@ -58,21 +79,6 @@ class BradleyTerry:
         return 1
 
     @property
-    def joint(self) -> bool:
-        """Responses are read alone."""
-        return False
-
-    @property
-    def closed_form(self) -> bool:
-        """It is trained step by step."""
-        return False
-
-    @property
-    def loss(self) -> Loss:
-        """The likelihood of the model."""
-        return "logistic"
-
-    @property
     def items(self) -> Projector:
         """f, of responses."""
         return Projector.parse(self.projector, d=self.d, p=self.p)
@@ -81,10 +87,6 @@ class BradleyTerry:
         """Draw parameters: `f.*`, `readout` (p,) and `logit_scale` ()."""
         parameters = {f"f.{name}": value for name, value in self.items.initial(generator).items()}
         return {**parameters, "readout": _uniform((self.p,), self.p, generator), "logit_scale": initial_scale()}
-
-    def trains(self, name: str) -> bool:  # noqa: ARG002 - one rule for all names
-        """Return whether training changes a parameter: it changes all."""
-        return True
 
     def mixtures(self, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return every user's mixture, (u, 1): ones."""
@@ -108,7 +110,7 @@ class BradleyTerry:
 
 @final
 @dataclass(frozen=True, slots=True)
-class LowRank:
+class LowRank(Yardstick):
     """A mixture of k linear rewards for each user: `r_u(item) = s w_u . (V item)` with s = exp(logit_scale).
 
     Attributes:
@@ -130,21 +132,6 @@ class LowRank:
         """Build the shape for an encoder of width d and a number of users."""
         return cls(d, config.k, users, config.user_weights, config.temperature)
 
-    @property
-    def joint(self) -> bool:
-        """Responses are read alone."""
-        return False
-
-    @property
-    def closed_form(self) -> bool:
-        """It is trained step by step."""
-        return False
-
-    @property
-    def loss(self) -> Loss:
-        """The likelihood of the model."""
-        return "logistic"
-
     def initial(self, generator: torch.Generator) -> Parameters:
         """Draw parameters: `basis` (k, d), `user.logits` (u, k), all users alike, and `logit_scale` ()."""
         logits = torch.zeros(self.users, self.k)
@@ -155,10 +142,6 @@ class LowRank:
             "user.logits": logits,
             "logit_scale": initial_scale(),
         }
-
-    def trains(self, name: str) -> bool:  # noqa: ARG002 - one rule for all names
-        """Return whether training changes a parameter: it changes all."""
-        return True
 
     def mixtures(self, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return every user's weights over the linear rewards, (u, k)."""

@@ -15,34 +15,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, final
+from typing import final
 
 import torch
 
-from palcache.choices import LOSS_OF, Loss, Mixture, Score, Start, UserForm
+from palcache.choices import Mixture, Score, Start, UserForm
 from palcache.configs import HeadConfig
-from palcache.heads.ideal_points import (
-    batch_mixtures,
-    both_rewards,
-    compare,
-    per_pair,
-    project,
-    project_items,
-    row_noise,
-)
-from palcache.heads.mixtures import mix
+from palcache.heads.ideal_points import SPREAD, IdealPointShape, project, row_noise
 from palcache.heads.projectors import Parameters, Projector
-from palcache.heads.scores import SCALED, initial_scale, unit
-from palcache.noises import Noise, RowNoise
+from palcache.heads.scores import initial_scale, unit
+from palcache.noises import Noise
 from palcache.tensors import PairBatch
-
-SPREAD: Final = 0.1
-"""Size of the prototypes' initial differences, as a share of an ordinary initialisation."""
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class PalA:
+class PalA(IdealPointShape):
     """The shape of a PAL-A head; its parameters are handed to each method, so that many heads share one shape.
 
     Attributes:
@@ -97,16 +85,6 @@ class PalA:
         return True
 
     @property
-    def closed_form(self) -> bool:
-        """It is trained step by step."""
-        return False
-
-    @property
-    def loss(self) -> Loss:
-        """The loss that its score was published with."""
-        return LOSS_OF[self.score]
-
-    @property
     def items(self) -> Projector:
         """f, of items and, but for `Pw`, of prototypes."""
         return Projector.parse(self.projector, d=self.d, p=self.p)
@@ -128,24 +106,6 @@ class PalA:
             prototypes = base + SPREAD * (prototypes - prototypes.mean(0))
         return {**parameters, "prototypes": prototypes, "user.logits": logits, "logit_scale": initial_scale()}
 
-    def trains(self, name: str) -> bool:
-        """Return whether training changes a parameter: the scale is fixed for some scores."""
-        return name != "logit_scale" or self.score in SCALED
-
-    def mixtures(self, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return every user's mixture in evaluation, (u, k)."""
-        return mix(self.mixture, parameters["user.logits"], self.temperature)
-
-    def project_responses(
-        self,
-        parameters: Mapping[str, torch.Tensor],
-        x: torch.Tensor,
-        noise: RowNoise | None = None,
-        updates: Parameters | None = None,
-    ) -> torch.Tensor:
-        """Return f of vectors of prompt and response together, (..., d) -> (..., p)."""
-        return project(self.items, "f.", parameters, x, noise, updates)
-
     def ideal_points(
         self,
         parameters: Mapping[str, torch.Tensor],
@@ -164,66 +124,13 @@ class PalA:
             return projected
         return mixtures @ (unit(projected) if self.user_form == "|f(P)|w" else projected)
 
-    def margins(
+    def batch_ideals(
         self,
         parameters: Mapping[str, torch.Tensor],
-        batch: PairBatch,
-        *,
-        mixtures: torch.Tensor | None = None,
-        noise: Noise | None = None,
-        updates: Parameters | None = None,
+        batch: PairBatch,  # noqa: ARG002 - ideal points are the same at every prompt
+        mixtures: torch.Tensor,
+        noise: Noise | None,
+        updates: Parameters | None,
     ) -> torch.Tensor:
-        """Return r(response_2) - r(response_1), (n,), or (m,); positive predicts y = +1.
-
-        Args:
-            parameters: as `initial` draws them.
-            batch: the comparisons; their response vectors are of prompt and response together, prompts are not read.
-            mixtures: one mixture per comparison, (n, k); None takes the head's own users.
-            noise: dropout and Gumbel noise of a training step; None in evaluation.
-            updates: receives new running statistics in training; None in evaluation.
-        """
-        left, right, ideal = self.points(parameters, batch, mixtures=mixtures, noise=noise, updates=updates)
-        return self.compare(parameters, left, right, per_pair(ideal, batch))
-
-    def rewards(
-        self,
-        parameters: Mapping[str, torch.Tensor],
-        batch: PairBatch,
-        *,
-        mixtures: torch.Tensor | None = None,
-        noise: Noise | None = None,
-        updates: Parameters | None = None,
-    ) -> torch.Tensor:
-        """Return r(response_1) and r(response_2), (n, 2), or (m, 2); arguments as for `margins`."""
-        left, right, ideal = self.points(parameters, batch, mixtures=mixtures, noise=noise, updates=updates)
-        return both_rewards(self.score, parameters, left, right, per_pair(ideal, batch))
-
-    def points(
-        self,
-        parameters: Mapping[str, torch.Tensor],
-        batch: PairBatch,
-        *,
-        mixtures: torch.Tensor | None = None,
-        noise: Noise | None = None,
-        updates: Parameters | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return items as the score compares them, left and right, and ideal points as they are, (n, p) each.
-
-        Of comparisons with several pairs of rows, items are (m, p), and ideal points too where each pair has a prompt row
-        of its own.
-        """
-        if mixtures is None:
-            logits = parameters["user.logits"]
-            mixtures = batch_mixtures(self.mixture, logits, batch.user, self.temperature, noise, updates)
-        left, right = project_items(self.items, self.score, parameters, batch, noise, updates)
-        return left, right, self.ideal_points(parameters, mixtures, noise, updates)
-
-    def compare(
-        self,
-        parameters: Mapping[str, torch.Tensor],
-        left: torch.Tensor,
-        right: torch.Tensor,
-        ideal: torch.Tensor,
-    ) -> torch.Tensor:
-        """Return r(right) - r(left) of what `points` returned, (...,)."""
-        return compare(self.score, parameters, left, right, ideal)
+        """Return the ideal points of a batch, (n, p); prompts are not read."""
+        return self.ideal_points(parameters, mixtures, noise, updates)

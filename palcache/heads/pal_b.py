@@ -9,35 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Final, final
+from typing import final
 
 import torch
 import torch.nn.functional as F
 
-from palcache.choices import LOSS_OF, Loss, Mixture, Score, Start
+from palcache.choices import Mixture, Score, Start
 from palcache.configs import HeadConfig
-from palcache.heads.ideal_points import (
-    batch_mixtures,
-    both_rewards,
-    compare,
-    per_pair,
-    project,
-    project_items,
-    row_noise,
-)
-from palcache.heads.mixtures import mix
+from palcache.heads.ideal_points import SPREAD, IdealPointShape, per_pair, project, row_noise
 from palcache.heads.projectors import Parameters, Projector
-from palcache.heads.scores import SCALED, initial_scale
+from palcache.heads.scores import initial_scale
 from palcache.noises import Noise, RowNoise
 from palcache.tensors import PairBatch
-
-SPREAD: Final = 0.1
-"""Size of the prototypes' initial differences, as a share of an ordinary initialisation."""
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class PalB:
+class PalB(IdealPointShape):
     """The shape of a PAL-B head; its parameters are handed to each method, so that many heads share one shape.
 
     Attributes:
@@ -80,16 +68,6 @@ class PalB:
         return False
 
     @property
-    def closed_form(self) -> bool:
-        """It is trained step by step."""
-        return False
-
-    @property
-    def loss(self) -> Loss:
-        """The loss that its score was published with."""
-        return LOSS_OF[self.score]
-
-    @property
     def items(self) -> Projector:
         """f, of responses."""
         return Projector.parse(self.projector, d=self.d, p=self.p)
@@ -118,24 +96,6 @@ class PalB:
             g = {f"g.{name}": _spread(base[name], value) for name, value in drawn.items()}
         return {**f, **g, "user.logits": logits, "logit_scale": initial_scale()}
 
-    def trains(self, name: str) -> bool:
-        """Return whether training changes a parameter: the scale is fixed for some scores."""
-        return name != "logit_scale" or self.score in SCALED
-
-    def mixtures(self, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return every user's mixture in evaluation, (u, k)."""
-        return mix(self.mixture, parameters["user.logits"], self.temperature)
-
-    def project_responses(
-        self,
-        parameters: Mapping[str, torch.Tensor],
-        x: torch.Tensor,
-        noise: RowNoise | None = None,
-        updates: Parameters | None = None,
-    ) -> torch.Tensor:
-        """Return f of response vectors, (m, d) -> (m, p)."""
-        return project(self.items, "f.", parameters, x, noise, updates)
-
     def project_prompts(
         self,
         parameters: Mapping[str, torch.Tensor],
@@ -146,58 +106,15 @@ class PalB:
         """Return g_1 ... g_k of prompt vectors, (m, d) -> (k, m, p)."""
         return project(self.prototypes, "g.", parameters, x, noise, updates)
 
-    def margins(
+    def batch_ideals(
         self,
         parameters: Mapping[str, torch.Tensor],
         batch: PairBatch,
-        *,
-        mixtures: torch.Tensor | None = None,
-        noise: Noise | None = None,
-        updates: Parameters | None = None,
+        mixtures: torch.Tensor,
+        noise: Noise | None,
+        updates: Parameters | None,
     ) -> torch.Tensor:
-        """Return r(response_2) - r(response_1), (n,), or (m,); positive predicts y = +1.
-
-        Args:
-            parameters: as `initial` draws them.
-            batch: the comparisons.
-            mixtures: one mixture per comparison, (n, k); None takes the head's own users.
-            noise: dropout and Gumbel noise of a training step; None in evaluation.
-            updates: receives new running statistics in training; None in evaluation.
-        """
-        left, right, ideal = self.points(parameters, batch, mixtures=mixtures, noise=noise, updates=updates)
-        return self.compare(parameters, left, right, per_pair(ideal, batch))
-
-    def rewards(
-        self,
-        parameters: Mapping[str, torch.Tensor],
-        batch: PairBatch,
-        *,
-        mixtures: torch.Tensor | None = None,
-        noise: Noise | None = None,
-        updates: Parameters | None = None,
-    ) -> torch.Tensor:
-        """Return r(response_1) and r(response_2), (n, 2), or (m, 2); arguments as for `margins`."""
-        left, right, ideal = self.points(parameters, batch, mixtures=mixtures, noise=noise, updates=updates)
-        return both_rewards(self.score, parameters, left, right, per_pair(ideal, batch))
-
-    def points(
-        self,
-        parameters: Mapping[str, torch.Tensor],
-        batch: PairBatch,
-        *,
-        mixtures: torch.Tensor | None = None,
-        noise: Noise | None = None,
-        updates: Parameters | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return items as the score compares them, left and right, and ideal points as they are, (n, p) each.
-
-        Of comparisons with several pairs of rows, items are (m, p), and ideal points too where each pair has a prompt row
-        of its own.
-        """
-        if mixtures is None:
-            logits = parameters["user.logits"]
-            mixtures = batch_mixtures(self.mixture, logits, batch.user, self.temperature, noise, updates)
-        left, right = project_items(self.items, self.score, parameters, batch, noise, updates)
+        """Return the ideal points of a batch, (n, p), or (m, p) where each pair of rows has a prompt of its own."""
         prompts, prompt, names = batch.prompts, batch.prompt, batch.prompt_names
         if len(prompt) != len(mixtures):
             mixtures = per_pair(mixtures, batch)
@@ -206,17 +123,7 @@ class PalB:
             prompt = torch.arange(len(prompt), device=prompts.device)
         drawn = row_noise(noise, "prototypes", prompts, names)
         prototypes = self.project_prompts(parameters, prompts, drawn, updates)
-        return left, right, self.ideal_points(prototypes, prompt, mixtures)
-
-    def compare(
-        self,
-        parameters: Mapping[str, torch.Tensor],
-        left: torch.Tensor,
-        right: torch.Tensor,
-        ideal: torch.Tensor,
-    ) -> torch.Tensor:
-        """Return r(right) - r(left) of what `points` returned, (...,)."""
-        return compare(self.score, parameters, left, right, ideal)
+        return self.ideal_points(prototypes, prompt, mixtures)
 
     def ideal_points(self, prototypes: torch.Tensor, prompt: torch.Tensor, mixtures: torch.Tensor) -> torch.Tensor:
         """Return a_u(prompt) per comparison, (n, p), or per pair of rows.

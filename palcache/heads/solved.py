@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final, final
+from typing import ClassVar, Final, final
 
 import torch
 import torch.nn.functional as F
 
-from palcache.choices import Loss
 from palcache.configs import HeadConfig
-from palcache.heads.baselines import linear_margins
+from palcache.heads.baselines import Yardstick, linear_margins
 from palcache.heads.projectors import Parameters
 from palcache.heads.scores import lookup
 from palcache.noises import Noise
@@ -26,7 +25,7 @@ TINY: Final = 1e-12
 
 @final
 @dataclass(frozen=True, slots=True)
-class PrincipalDirections:
+class PrincipalDirections(Yardstick):
     """Rewards along the k principal directions of the differences of responses, weighted by each user's answers.
 
     A user's weight on a direction is the mean of the answers times the differences along it, over the variance along it:
@@ -38,6 +37,8 @@ class PrincipalDirections:
         users: number of users, u.
     """
 
+    closed_form: ClassVar[bool] = True
+
     d: int
     k: int
     users: int
@@ -47,28 +48,9 @@ class PrincipalDirections:
         """Build the shape for an encoder of width d and a number of users; at most d directions."""
         return cls(d, min(config.k, d), users)
 
-    @property
-    def joint(self) -> bool:
-        """Responses are read alone."""
-        return False
-
-    @property
-    def closed_form(self) -> bool:
-        """It is solved at once."""
-        return True
-
-    @property
-    def loss(self) -> Loss:
-        """By which it is compared with other heads."""
-        return "logistic"
-
     def initial(self, generator: torch.Generator) -> Parameters:  # noqa: ARG002 - nothing is random
         """Return parameters that give everyone the reward 0: `basis` (k, d) and `user.weights` (u, k)."""
         return {"basis": torch.zeros(self.k, self.d), "user.weights": torch.zeros(self.users, self.k)}
-
-    def trains(self, name: str) -> bool:  # noqa: ARG002 - one rule for all names
-        """Return whether training changes a parameter: they are solved."""
-        return False
 
     def mixtures(self, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return every user's weights over the directions, (u, k)."""
@@ -107,13 +89,15 @@ class PrincipalDirections:
 
 @final
 @dataclass(frozen=True, slots=True)
-class PerUser:
+class PerUser(Yardstick):
     """One linear reward per user, each a logistic regression on the user's own comparisons.
 
     Attributes:
         d: width of the encoder's vectors.
         users: number of users, u.
     """
+
+    closed_form: ClassVar[bool] = True
 
     d: int
     users: int
@@ -128,28 +112,9 @@ class PerUser:
         """Every user has a reward of their own."""
         return self.users
 
-    @property
-    def joint(self) -> bool:
-        """Responses are read alone."""
-        return False
-
-    @property
-    def closed_form(self) -> bool:
-        """It is solved at once."""
-        return True
-
-    @property
-    def loss(self) -> Loss:
-        """The likelihood of the model."""
-        return "logistic"
-
     def initial(self, generator: torch.Generator) -> Parameters:  # noqa: ARG002 - nothing is random
         """Return parameters that give everyone the reward 0: `user.weights` (u, d)."""
         return {"user.weights": torch.zeros(self.users, self.d)}
-
-    def trains(self, name: str) -> bool:  # noqa: ARG002 - one rule for all names
-        """Return whether training changes a parameter: they are solved."""
-        return False
 
     def mixtures(self, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return every user's linear reward, (u, d)."""

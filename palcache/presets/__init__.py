@@ -7,14 +7,11 @@ add `--token-weighting cumulative` for it.
 
 from __future__ import annotations
 
-import difflib
-import tomllib
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any, final
 
 from palcache.configs import FitConfig, HeadConfig
-from palcache.errors import InputError
+from palcache.toml_files import packaged_names, read_packaged
 
 
 @final
@@ -49,8 +46,7 @@ class Preset:
 
 def preset_names() -> list[str]:
     """Return the names of all presets, sorted."""
-    files = (entry.name for entry in resources.files(__name__).iterdir())
-    return sorted(name.removesuffix(".toml") for name in files if name.endswith(".toml"))
+    return packaged_names(__name__)
 
 
 def load_preset(name: str) -> Preset:
@@ -59,10 +55,4 @@ def load_preset(name: str) -> Preset:
     Raises:
         InputError: there is none of this name (the nearest one is named).
     """
-    names = preset_names()
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]}?" if near else "palcache presets lists them."
-        raise InputError(f"There is no preset {name}; {hint}")
-    text = (resources.files(__name__) / f"{name}.toml").read_text(encoding="utf-8")
-    return Preset(name=name, **tomllib.loads(text))
+    return Preset(name=name, **read_packaged(__name__, name, "preset", otherwise="palcache presets lists them."))

@@ -10,7 +10,7 @@ from typing import Any, Final, final
 import numpy as np
 import numpy.typing as npt
 
-from palcache.cache import Cache, joint_space_of, spaces_of
+from palcache.cache import Cache
 from palcache.choices import EMBED_ALL_TOKENS, EMBED_JOINT, EMBED_JOINT_TOKENS
 from palcache.comparisons import Comparisons
 from palcache.configs import FitConfig, HeadConfig, SplitConfig, UnknownUsers
@@ -20,6 +20,7 @@ from palcache.heads import build_head
 from palcache.joints import load_joint_preferences
 from palcache.splits import split_comparisons
 from palcache.storage.comparison_files import StoredComparisons
+from palcache.table_spaces import joint_space_of, spaces_of
 from palcache.tensors import PreferenceData, load_preferences
 from palcache.token_batches import TokenData, load_tokens
 from palcache.training import require_vectors

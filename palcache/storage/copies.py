@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from palcache.files import publish
-from palcache.storage.layouts import Array, ShardHeader, TokenRows, create_shard
+from palcache.storage.datasets import Array, ShardHeader, TokenRows
+from palcache.storage.layouts import create_shard
 from palcache.storage.shards import ShardWriter, token_places
 
 Part = tuple[Mapping[str, Array], Array]

@@ -1,20 +1,16 @@
 """The HDF5 side of a shard: its datasets, laid out once, and where in the file their bytes lie.
 
 h5py lays out the file and closes it; rows are then filled and read through a memory map at the datasets' offsets,
-because a process killed while it writes HDF5 leaves a file that cannot be opened. `docs/format.md` describes every
-dataset.
+because a process killed while it writes HDF5 leaves a file that cannot be opened.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import mmap
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Final, cast, get_args
 
 import h5py
@@ -24,70 +20,29 @@ import numpy.typing as npt
 from palcache.configs import StoredDtype
 from palcache.errors import CacheError, StorageError
 from palcache.files import check_space, storage_errors
-from palcache.fingerprints import KEY_BYTES, Keys, canonical_json
+from palcache.fingerprints import Keys, canonical_json
+from palcache.storage.datasets import (
+    COSINE,
+    FILE_DTYPES,
+    POOLED,
+    TOKENS,
+    Array,
+    ShardHeader,
+    TokenRows,
+    data_nbytes,
+    dataset_shapes,
+    sum_name,
+)
+
+__all__ = ["FILE_DTYPES", "ShardHeader", "create_shard", "dataset_places", "map_datasets", "open_shard"]
 
 FORMAT: Final = "palcache-shard"
 VERSION: Final = 1
-BLOCK_ROWS: Final = 4_096
 ALIGNMENT: Final = 4_096
-FILE_DTYPES: Final[Mapping[StoredDtype, str]] = MappingProxyType(
-    {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2", "int8": "|i1"}
-)
-POOLED: Final = "emb/pooled"
-PROMPT: Final = "emb/prompt"
-TOKENS: Final = "tok/values"
-SCALES: Final[Mapping[str, str]] = MappingProxyType(
-    {POOLED: "scale/pooled", PROMPT: "scale/prompt", TOKENS: "scale/tok"}
-)
-"""Where the scales of int8 vectors stand, one a row: a value is its byte times the scale."""
-COSINE: Final = "cosine"
-SAMPLED_ROWS: Final = 256
-"""Rows of a shard whose cosine to the float32 vector is recorded, at most."""
-SUMMED: Final = (POOLED, "norm", "key", "n_tokens", "flags")
-"""The datasets of every shard that have a sum per `BLOCK_ROWS` rows."""
-_MORE: Final = (PROMPT, *SCALES.values(), "n_prompt", TOKENS, "tok/offsets", "tok/ids", COSINE)
-"""The datasets that some shards have, with a sum each."""
-TOKEN_SHARD_BYTES: Final = 1 << 30
-"""Token states that a shard should hold at most; writers go by an estimate from the lengths of its texts."""
 _METADATA_BYTES: Final = 256 << 10
 """What HDF5 takes at most beside the rows: some 40 objects, aligned."""
-Array = npt.NDArray[Any]
 _AGAIN: Final = "delete it and run the same palcache embed again"
 _Place = tuple[int, np.dtype[Any], tuple[int, ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class ShardHeader:
-    """What a shard says of itself.
-
-    Attributes:
-        space_id: digest of the encoder spec.
-        spec: everything that changes the meaning of a vector.
-        rows: number of rows, N.
-        width: number of values in a vector, d.
-        dtype: type of the stored vectors.
-        versions: libraries and device that wrote the shard.
-    """
-
-    space_id: str
-    spec: Mapping[str, Any]
-    rows: int
-    width: int
-    dtype: StoredDtype
-    versions: Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TokenRows:
-    """Which tokens of a shard's rows have their states kept.
-
-    Attributes:
-        offsets: where each row's tokens begin, (N + 1,) int64.
-        ids: their token ids, (T,) uint32.
-    """
-
-    offsets: npt.NDArray[np.int64]
-    ids: npt.NDArray[np.uint32]
 
 
 def create_shard(
@@ -121,14 +76,14 @@ def create_shard(
         known["n_prompt"] = prompt_tokens
     if tokens is not None:
         known |= {"tok/offsets": tokens.offsets, "tok/ids": tokens.ids}
-    shapes = _shapes(header, None if tokens is None else len(tokens.ids))
+    count = None if tokens is None else len(tokens.ids)
     draft = path.with_name(f".{path.name}.tmp")
     with storage_errors(path):
         draft.unlink(missing_ok=True)
-        check_space(draft, _METADATA_BYTES + _nbytes(shapes))
+        check_space(draft, _METADATA_BYTES + data_nbytes(header, count))
         try:
             with h5py.File(draft, "w", locking=False, alignment_threshold=1, alignment_interval=ALIGNMENT) as file:
-                for name, (dtype, shape) in shapes.items():
+                for name, (dtype, shape) in dataset_shapes(header, count).items():
                     _create_dataset(file, name, dtype, shape)
                 _write_header(file, header)
             _reserve(draft)
@@ -138,55 +93,6 @@ def create_shard(
             draft.replace(path)
         finally:
             draft.unlink(missing_ok=True)
-
-
-def data_nbytes(header: ShardHeader, tokens: int | None) -> int:
-    """Return the bytes of a shard's datasets; `tokens` is the number of kept states, None where none are kept."""
-    return _nbytes(_shapes(header, tokens))
-
-
-def _nbytes(shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
-    return sum(math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in shapes.values())
-
-
-def _shapes(header: ShardHeader, tokens: int | None) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return type and shape of a shard's datasets; `tokens` is the number T of kept states, None where none are kept."""
-    n, vectors = header.rows, FILE_DTYPES[header.dtype]
-    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
-        POOLED: (vectors, (n, header.width)),
-        "norm": ("<f4", (n,)),
-        "key": ("|u1", (n, KEY_BYTES)),
-        "n_tokens": ("<u4", (n,)),
-        "flags": ("|u1", (n,)),
-        "done": ("|u1", (n,)),
-        "sealed": ("|u1", (1,)),
-    }
-    if header.spec.get("prompt_state"):
-        shapes[PROMPT] = shapes[POOLED]
-    if header.spec.get("role") == "joint":
-        shapes["n_prompt"] = shapes["n_tokens"]
-    if tokens is not None:
-        shapes |= {
-            TOKENS: (vectors, (tokens, header.width)),
-            "tok/offsets": ("<i8", (n + 1,)),
-            "tok/ids": ("<u4", (tokens,)),
-        }
-    if header.dtype == "int8":
-        shapes |= {SCALES[name]: ("<f4", shapes[name][1][:1]) for name in (POOLED, PROMPT, TOKENS) if name in shapes}
-    if header.dtype != "float32":
-        shapes[COSINE] = ("<f4", (len(sampled_rows(n)),))
-    summed = [name for name in (*SUMMED, *_MORE) if name in shapes]
-    return shapes | {sum_name(name): ("<u8", (-(-shapes[name][1][0] // BLOCK_ROWS),)) for name in summed}
-
-
-def summed_in(arrays: Mapping[str, Array]) -> tuple[str, ...]:
-    """Return the datasets of a shard that have sums, in a fixed order."""
-    return (*SUMMED, *(name for name in _MORE if name in arrays))
-
-
-def sampled_rows(rows: int) -> npt.NDArray[np.int64]:
-    """Return the rows of a shard whose cosine to the float32 vector is recorded, evenly over it, ascending."""
-    return np.arange(min(rows, SAMPLED_ROWS)) * rows // max(1, min(rows, SAMPLED_ROWS))
 
 
 def _write_header(file: Any, header: ShardHeader) -> None:
@@ -212,11 +118,6 @@ def _create_dataset(file: Any, name: str, dtype: str, shape: tuple[int, ...]) ->
     parent = file.require_group(folder) if folder else file
     space = h5py.h5s.create_simple(shape)
     h5py.h5d.create(parent.id, leaf.encode(), h5py.h5t.py_create(np.dtype(dtype)), space, properties)
-
-
-def sum_name(dataset: str) -> str:
-    """Return the name of the dataset that holds a dataset's sums."""
-    return "sum/" + dataset.replace("/", ".")
 
 
 def _reserve(path: Path) -> None:
@@ -268,7 +169,7 @@ def dataset_places(path: Path) -> Mapping[str, _Place]:
 def _read_places(file: Any, path: Path) -> tuple[ShardHeader, dict[str, _Place]]:
     """Return what a shard says of itself, and where its datasets lie."""
     header = _read_header(file, path)
-    shapes = _shapes(header, int(file[TOKENS].shape[0]) if "tokens" in header.spec else None)
+    shapes = dataset_shapes(header, int(file[TOKENS].shape[0]) if "tokens" in header.spec else None)
     if COSINE not in file:  # optional
         shapes = {name: expected for name, expected in shapes.items() if name not in {COSINE, sum_name(COSINE)}}
     return header, {name: _find_dataset(file, path, name, *expected) for name, expected in shapes.items()}

@@ -19,8 +19,7 @@ import xxhash
 
 from palcache.errors import CacheError, StorageError
 from palcache.fingerprints import KEY_BYTES, Keys
-from palcache.storage.indexes import KeyIndex
-from palcache.storage.layouts import (
+from palcache.storage.datasets import (
     BLOCK_ROWS,
     COSINE,
     POOLED,
@@ -28,14 +27,12 @@ from palcache.storage.layouts import (
     Array,
     ShardHeader,
     TokenRows,
-    create_shard,
     data_nbytes,
-    dataset_places,
-    map_datasets,
-    open_shard,
     sum_name,
     summed_in,
 )
+from palcache.storage.indexes import KeyIndex
+from palcache.storage.layouts import create_shard, dataset_places, map_datasets, open_shard
 from palcache.storage.shards import RAGGED, block_sums, shard_digest
 
 _FEW: Final = 64

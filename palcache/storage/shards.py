@@ -13,7 +13,7 @@ import xxhash
 
 from palcache.errors import CacheError
 from palcache.fingerprints import Keys
-from palcache.storage.layouts import (
+from palcache.storage.datasets import (
     BLOCK_ROWS,
     COSINE,
     POOLED,
@@ -21,11 +21,11 @@ from palcache.storage.layouts import (
     SCALES,
     TOKENS,
     Array,
-    open_shard,
     sampled_rows,
     sum_name,
     summed_in,
 )
+from palcache.storage.layouts import open_shard
 
 TRUNCATED: Final = 1
 FAILED: Final = 2

@@ -14,9 +14,9 @@ import torch
 from palcache.configs import StoredDtype
 from palcache.errors import CacheError, StorageError
 from palcache.fingerprints import KEY_BYTES, Keys
+from palcache.storage.datasets import POOLED, PROMPT, SCALES, TOKENS
 from palcache.storage.gathers import MappedRows
 from palcache.storage.indexes import KeyIndex
-from palcache.storage.layouts import POOLED, PROMPT, SCALES, TOKENS
 from palcache.storage.shards import FAILED, Shard
 
 TORCH_DTYPES: Final[Mapping[str, torch.dtype]] = {

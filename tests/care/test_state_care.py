@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from palcache.cache import Cache, Space
-from palcache.care import exports
+from palcache.care import export_jobs
 from palcache.care.compactions import compact_cache
 from palcache.care.exports import export_cache
 from palcache.care.merges import merge_caches
@@ -178,7 +178,7 @@ def test_merging_takes_whole_shards_and_single_rows(tmp_path: Path) -> None:
 def test_exports_hold_token_states(
     form: ExportFormat, dtype: StoredDtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exports, "BLOCK_TOKENS", 13)  # blocks of a few rows
+    monkeypatch.setattr(export_jobs, "BLOCK_TOKENS", 13)  # blocks of a few rows
     config = EmbedConfig(dtype=dtype, items="joint", tokens="responses", shard_rows=4)
     cache = filled(tmp_path / "c", ("a", A), config=config)
     (one,) = export_cache(cache, tmp_path / "out", form=form)

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from palcache.configs import StoredDtype
 from palcache.errors import CacheError, PalcacheError, StorageError
-from palcache.storage.layouts import BLOCK_ROWS, POOLED, SUMMED, ShardHeader, create_shard
+from palcache.storage.datasets import BLOCK_ROWS, POOLED, SUMMED, ShardHeader
+from palcache.storage.layouts import create_shard
 from palcache.storage.shards import FAILED, TRUNCATED, Shard, ShardWriter, shard_digest
 from tests.stubs import contents, flip_bit
 

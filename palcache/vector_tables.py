@@ -1,0 +1,144 @@
+"""Rows of vectors, found by their position: on a device, or read batch by batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from palcache.cache import Space
+from palcache.errors import NumericsError
+from palcache.storage.spaces import Which
+
+
+class Table(Protocol):
+    """Rows of float32 vectors, found by their position."""
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+
+    @property
+    def width(self) -> int:
+        """Width of the vectors, d."""
+
+    @property
+    def streamed(self) -> bool:
+        """Vectors are read batch by batch."""
+
+    @property
+    def resident(self) -> torch.Tensor | None:
+        """All vectors, (m, d), where they are at hand."""
+
+    def take(self, index: torch.Tensor) -> torch.Tensor:
+        """Return vectors by their position, (n,) -> (n, d) float32."""
+
+
+@final
+class VectorTable:
+    """Rows of float32 vectors on a device: resident, or read batch by batch through the memory map.
+
+    Args:
+        space: where the vectors are.
+        rows: the table's rows in the space, (m,).
+        device: where batches are wanted.
+        resident: keep all vectors on the device.
+        which: of a joint space, the items' vectors or the states at the ends of their prompts.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        rows: npt.NDArray[np.int64],
+        device: torch.device,
+        *,
+        resident: bool,
+        which: Which = "pooled",
+    ) -> None:
+        self.width, self.device, self._which = space.width, device, which
+        self._space, self._rows = space, torch.from_numpy(rows)
+        self._resident = space.rows(rows, which=which).float().to(device) if resident else None
+        if self._resident is not None:
+            refuse_non_finite(self._resident, space, self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def streamed(self) -> bool:
+        """Vectors are read through the memory map, batch by batch."""
+        return self._resident is None
+
+    @property
+    def resident(self) -> torch.Tensor | None:
+        """All vectors, (m, d), where they are on the device."""
+        return self._resident
+
+    def take(self, index: torch.Tensor) -> torch.Tensor:
+        """Return vectors by their position in this table, (n,) -> (n, d) float32."""
+        if self._resident is not None:
+            return torch.index_select(self._resident, 0, index)
+        rows = self._rows[index.cpu()]
+        vectors = self._space.rows(rows, which=self._which)
+        refuse_non_finite(vectors, self._space, rows)
+        return vectors.to(self.device).float()
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorTable:
+    """Rows of float32 vectors at hand, (m, d), with the interface of `VectorTable`."""
+
+    vectors: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    @property
+    def width(self) -> int:
+        """Width of the vectors, d."""
+        return int(self.vectors.shape[-1])
+
+    @property
+    def streamed(self) -> bool:
+        """The vectors are in memory."""
+        return False
+
+    @property
+    def resident(self) -> torch.Tensor:
+        """All vectors, (m, d)."""
+        return self.vectors
+
+    def take(self, index: torch.Tensor) -> torch.Tensor:
+        """Return vectors by their position in this table, (n,) -> (n, d)."""
+        return torch.index_select(self.vectors, 0, index)
+
+
+def refuse_non_finite(vectors: torch.Tensor, space: Space, rows: torch.Tensor) -> None:
+    """Raise NumericsError where a vector is not finite, naming its row in the space.
+
+    Args:
+        vectors: (n, d).
+        space: where they come from.
+        rows: the row of each, (n,).
+    """
+    good = torch.isfinite(vectors).all(dim=1)
+    if not bool(good.all()):
+        first = int(rows[int(torch.nonzero(~good)[0])])
+        raise NumericsError(
+            f"The vector of row {first} in the {space.role} space {space.space_id[:8]} is not finite; run palcache cache "
+            "verify on the cache, and embed again with --compute-dtype float32."
+        )
+
+
+def take_distinct(table: Table, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the vectors at `index`, where each stands among them, and their positions in the table.
+
+    Each is read once where repeats are likely; elsewhere finding them costs more than it saves.
+    """
+    if len(table) > 8 * len(index):
+        return table.take(index), torch.arange(len(index), device=index.device), index
+    distinct, inverse = torch.unique(index, return_inverse=True)
+    return table.take(distinct), inverse, distinct
