@@ -20,9 +20,6 @@ from palcache.objectives import TrainingData
 from palcache.optimizers import rate_factor
 from palcache.token_batches import TokenData
 
-SHUFFLE_ROWS: Final = 1_024
-SHUFFLE_BLOCKS: Final = 64
-"""Streamed data is read in shuffled blocks of 1,024 comparisons, mixed 64 blocks at a time."""
 WORK_PER_THREAD: Final = 1 << 26
 """Multiply-adds of a step's forward pass that keep one CPU thread busy. With smaller shares threads mostly wait for each
 other, and where the cores are shared with other work every operation waits for the slowest of them."""
@@ -222,23 +219,3 @@ def few_threads(work: int, device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def order_seed(seed: int, epoch: int) -> int:
-    """Return the seed of the order of an epoch: seeds and epochs never share one."""
-    return (seed << 25) + epoch
-
-
-def epoch_order(n: int, seed: int, *, streamed: bool = False) -> torch.Tensor:
-    """Return a permutation of n comparisons, (n,) int64.
-
-    Resident data is permuted freely. Streamed data is permuted in blocks of `SHUFFLE_ROWS` neighbours and then freely
-    within every `SHUFFLE_BLOCKS` blocks, so that reading it stays nearly sequential.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    if not streamed:
-        return torch.randperm(n, generator=generator)
-    blocks = torch.split(torch.arange(n), SHUFFLE_ROWS)
-    shuffled = [blocks[i] for i in torch.randperm(len(blocks), generator=generator).tolist()]
-    parts = [torch.cat(shuffled[at : at + SHUFFLE_BLOCKS]) for at in range(0, len(shuffled), SHUFFLE_BLOCKS)]
-    return torch.cat([part[torch.randperm(len(part), generator=generator)] for part in parts])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, final
+from typing import Any, Final, TypeAlias, final
 
 import torch
 
@@ -17,47 +17,14 @@ from palcache.heads.protocols import Head, IdealPointHead
 from palcache.losses import norm_bound, pairwise_loss, position_weights, reduce_loss, token_losses, user_weights
 from palcache.noises import Noise
 from palcache.tensors import PairBatch, PreferenceData
-from palcache.token_batches import TokenBatch
+from palcache.token_batches import TokenBatch, TokenData
 
 EVALUATION_ROWS: Final = 8_192
 TOKEN_ROWS: Final = 256
 
 
-class TrainingData(Protocol):
-    """Comparisons with their vectors, pooled (`PreferenceData`) or of every token (`TokenData`)."""
-
-    @property
-    def user(self) -> torch.Tensor:
-        """Number of the user, (n,); -1 where unknown."""
-
-    @property
-    def users(self) -> Sequence[str]:
-        """Ids of the users."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where batches are."""
-
-    @property
-    def width(self) -> int:
-        """Width of the vectors, d."""
-
-    @property
-    def streamed(self) -> bool:
-        """Vectors are read batch by batch."""
-
-    @property
-    def joint(self) -> bool:
-        """Vectors are of prompt and response in one forward."""
-
-    def __len__(self) -> int:
-        """Return the number of comparisons."""
-
-    def batch(self, rows: torch.Tensor) -> PairBatch | TokenBatch:
-        """Return some comparisons."""
-
-    def batches(self, size: int) -> Iterator[PairBatch | TokenBatch]:
-        """Yield all comparisons in order, `size` at a time."""
+TrainingData: TypeAlias = PreferenceData | TokenData
+"""Comparisons with their vectors, pooled or of every token."""
 
 
 @final

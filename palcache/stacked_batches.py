@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from typing import Final, final
 import torch
 import torch.nn.functional as F
 
-from palcache.fits import Course, epoch_order, order_seed
+from palcache.fits import Course
+from palcache.orders import epoch_order, order_seed
 from palcache.tensors import PairBatch, PreferenceData, Table
 
 REPEATS: Final = 0.8
@@ -53,6 +55,8 @@ class _Vectors:
 class StackedOrder:
     """The comparisons of each step for each head; the order depends on the head's seed and the epoch alone.
 
+    Streamed vectors are read a window at a time where all heads have one seed, and so one order; else step by step.
+
     Args:
         train: the comparisons.
         seeds: of the heads.
@@ -61,8 +65,9 @@ class StackedOrder:
 
     def __init__(self, train: PreferenceData, seeds: Sequence[int], course: Course) -> None:
         self._train, self._seeds, self._course = train, list(seeds), course
-        self._epoch = -1
+        self._epoch, self._window = -1, (-1, -1)
         self._batches: tuple[torch.Tensor, ...] = ()
+        self._at_hand = train
 
     def take(self, heads: Sequence[int]) -> None:
         """Go on with some of the heads."""
@@ -72,15 +77,27 @@ class StackedOrder:
         """Return the batch of a step (from 0) for every head."""
         epoch, number = divmod(step, self._course.steps_per_epoch)
         if epoch != self._epoch:
-            n, streamed = len(self._train), self._train.streamed
-            orders = [epoch_order(n, order_seed(seed, epoch), streamed=streamed) for seed in self._seeds]
+            n, window = len(self._train), self._train.window
+            orders = [epoch_order(n, order_seed(seed, epoch), window=window) for seed in self._seeds]
             stacked = torch.stack(orders).to(self._train.device)
             self._epoch, self._batches = epoch, stacked.tensor_split(self._course.steps_per_epoch, dim=1)
+        self._read_ahead(number)
         return self._gather(self._batches[number])
+
+    def _read_ahead(self, number: int) -> None:
+        """Have the vectors of the window that a batch of the epoch begins in at hand."""
+        length = self._train.window
+        if length is None or len(set(self._seeds)) > 1:
+            return
+        starts = [0, *itertools.accumulate(rows.shape[1] for rows in self._batches)]
+        window = starts[number] // length
+        if self._window != (self._epoch, window):
+            ahead = [rows[0] for rows, at in zip(self._batches, starts, strict=False) if at // length == window]
+            self._at_hand, self._window = self._train.gathered(torch.cat(ahead)), (self._epoch, window)
 
     def _gather(self, at: torch.Tensor) -> StackedBatch:
         """Return the batch of some comparisons, (h, n)."""
-        train, n = self._train, at.shape[1]
+        train, n = self._at_hand, at.shape[1]
         prompts = self._unread_prompts(at) if train.joint else self._vectors(train.prompts, train.prompt[at])
         pair = torch.cat([train.response_1[at], train.response_2[at]], dim=1)
         responses = self._vectors(train.responses, pair)
@@ -95,7 +112,7 @@ class StackedOrder:
     def _unread_prompts(self, at: torch.Tensor) -> _Vectors:
         """Return the one row that prompts of joint items stand for."""
         zero = torch.zeros(1, dtype=torch.int64, device=at.device)
-        return _Vectors(self._train.prompts.take(zero), torch.zeros_like(at), zero, (None, 0, None))
+        return _Vectors(self._at_hand.prompts.take(zero), torch.zeros_like(at), zero, (None, 0, None))
 
     def _vectors(self, table: Table, index: torch.Tensor) -> _Vectors:
         """Return the vectors of references to a table, (h, r).

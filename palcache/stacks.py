@@ -35,6 +35,7 @@ from palcache.heads.protocols import trained_names
 from palcache.noises import Dropout, Noise, noise_keys
 from palcache.objectives import Objective
 from palcache.optimizers import StackedOptimizer, rate_factor
+from palcache.orders import kept_at_hand
 from palcache.stacked_batches import StackedBatch, StackedOrder
 from palcache.tensors import PairBatch, PreferenceData
 
@@ -124,7 +125,7 @@ def fit_stack(
     assert len({member.kind(len(train)) for member in members}) == 1  # noqa: S101 - whoever groups them sees to it
     for member in members:
         check_fit(member.shape, train, val, member.config)
-    start, stack = time.perf_counter(), _Stack(members, train)
+    start, stack, val = time.perf_counter(), _Stack(members, train), kept_at_hand(val)
     results: dict[int, FitResult | NumericsError] = {}
     while stack.alive:
         with few_threads(stack.work, train.device):

@@ -33,6 +33,10 @@ __all__ = [
 MEMORY_SHARE: Final = 0.4
 """Vectors go to the device at once if they fill at most this share of its free memory; else they are streamed."""
 
+WINDOW: Final = 16_384
+WINDOW_BYTES: Final = 64 << 20
+"""Comparisons whose streamed vectors are read at a time, at most, and bytes of these vectors."""
+
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,10 +70,10 @@ class PairBatch:
     comparison: torch.Tensor | None = None
 
 
-Batch = TypeVar("Batch")
+Batch_co = TypeVar("Batch_co", covariant=True)
 
 
-class ComparisonData(ABC, Generic[Batch]):
+class ComparisonData(ABC, Generic[Batch_co]):
     """Base of comparisons and their vectors on one device.
 
     Abstract: a kind of data is a frozen dataclass with these fields among its own, of which every tensor has a row per
@@ -107,15 +111,30 @@ class ComparisonData(ABC, Generic[Batch]):
         table = torch.tensor([number.get(user, -1) for user in self.users] + [-1], device=self.device)
         return replace(self, user=table[self.user], users=tuple(users))  # type: ignore[type-var]
 
+    @property
+    def window(self) -> int | None:
+        """Comparisons whose vectors are read at a time where they are streamed; None where they are in memory."""
+        return None
+
+    def vector_bytes(self, n: int) -> int:
+        """Return the bytes that the vectors of n comparisons take in memory, at most."""
+        del n
+        return 0
+
+    def gathered(self, rows: torch.Tensor) -> Self:
+        """Return the same comparisons with the vectors of some of them, (n,), in memory: others may not be asked for."""
+        del rows
+        return self
+
     @abstractmethod
-    def batch(self, rows: torch.Tensor) -> Batch:
+    def batch(self, rows: torch.Tensor) -> Batch_co:
         """Return some comparisons with what they need of the vectors, each once.
 
         Args:
             rows: row numbers on the data's device, (n,).
         """
 
-    def batches(self, size: int) -> Iterator[Batch]:
+    def batches(self, size: int) -> Iterator[Batch_co]:
         """Yield all comparisons in order, `size` at a time."""
         for rows in torch.split(torch.arange(len(self), device=self.device), size):
             yield self.batch(rows)
@@ -157,6 +176,21 @@ class PreferenceData(ComparisonData[PairBatch]):
     def streamed(self) -> bool:
         """Vectors are read through the memory map, batch by batch."""
         return self.prompts.streamed or self.responses.streamed
+
+    @property
+    def window(self) -> int | None:
+        """Comparisons whose vectors are read at a time where they are streamed; None where they are in memory."""
+        return max(1, min(WINDOW, WINDOW_BYTES // self.vector_bytes(1))) if self.streamed else None
+
+    def vector_bytes(self, n: int) -> int:
+        """Return the bytes that the vectors of n comparisons take in memory, at most."""
+        prompts = 0 if self.joint else min(n, len(self.prompts)) * self.prompts.row_bytes
+        return prompts + min(2 * n, len(self.responses)) * self.responses.row_bytes
+
+    def gathered(self, rows: torch.Tensor) -> PreferenceData:
+        """Return the same comparisons with the vectors of some of them, (n,), in memory: others may not be asked for."""
+        pair = torch.cat([self.response_1[rows], self.response_2[rows]])
+        return replace(self, prompts=self.prompts.gathered(self.prompt[rows]), responses=self.responses.gathered(pair))
 
     def batch(self, rows: torch.Tensor) -> PairBatch:
         """Return some comparisons with each distinct vector once.

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from palcache.cache import Space
-from palcache.vector_tables import refuse_non_finite
+from palcache.vector_tables import Table, refuse_non_finite
 
 TOKEN_BITS: Final = 24
 """A state's name is its row times 2^24 plus its token."""
@@ -189,6 +189,16 @@ class LastStates:
     @property
     def resident(self) -> None:
         """Last states are gathered when they are asked for."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a vector in float32."""
+        return 4 * self.width
+
+    def gathered(self, index: torch.Tensor) -> Table:
+        """Return this table: states are read when they are asked for."""
+        del index
+        return self
 
     def take(self, index: torch.Tensor) -> torch.Tensor:
         """Return last states by their row, (n,) -> (n, d) float32; zeros for a row without tokens."""

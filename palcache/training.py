@@ -18,10 +18,8 @@ from palcache.fits import (
     FitProgress,
     FitResult,
     check_fit,
-    epoch_order,
     few_threads,
     multiply_adds,
-    order_seed,
     require_finite,
     require_finite_losses,
     require_vectors,
@@ -32,8 +30,9 @@ from palcache.heads.protocols import trained_names
 from palcache.noises import Noise, noise_keys
 from palcache.objectives import Objective, TrainingData
 from palcache.optimizers import build_optimizer, rate_factor
-from palcache.tensors import PreferenceData
-from palcache.token_batches import TokenData
+from palcache.orders import epoch_order, in_windows, kept_at_hand, order_seed
+from palcache.tensors import PairBatch, PreferenceData
+from palcache.token_batches import TokenBatch, TokenData
 
 __all__ = [
     "FitProgress",
@@ -80,7 +79,7 @@ def fit(
     start = time.perf_counter()
     if isinstance(shape, SolvedHead) and isinstance(train, PreferenceData) and isinstance(val, PreferenceData):
         return _solve(shape, train, val, config, on_progress)
-    objective = Objective(shape, config)
+    objective, val = Objective(shape, config), kept_at_hand(val)
     run = _Run(objective, train, state)
     history = list(state.history) if state else []
     best = state.best if state else run.snapshot()
@@ -181,17 +180,17 @@ class _Run:
         last = self.course.next_evaluation(self.step)
         first, losses = self.step, []
         keys = noise_keys(self.config.seed, range(first, last)).to(self.train.device)
-        for rows, key in zip(self._batches(last), keys.unbind(), strict=True):
-            losses.append(self._update(rows, Noise(key)))
+        for (data, rows), key in zip(self._batches(last), keys.unbind(), strict=True):
+            losses.append(self._update(data.batch(rows), Noise(key)))
         values = torch.stack(losses)
         require_finite_losses(values, self.config, first, self.course)
         return float(values.mean())
 
-    def _update(self, rows: torch.Tensor, noise: Noise) -> torch.Tensor:
+    def _update(self, batch: PairBatch | TokenBatch, noise: Noise) -> torch.Tensor:
         factor = rate_factor(self.config, self.step, self.course.steps)
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
-        batch, updates = self.train.batch(rows), Parameters()
+        updates = Parameters()
         loss = self.objective(self.parameters, batch, noise=noise, updates=updates, counts=self.counts)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -200,13 +199,17 @@ class _Run:
         self.step += 1
         return loss.detach()
 
-    def _batches(self, last: int) -> Iterator[torch.Tensor]:
-        """Yield the rows of each step up to `last`; the order depends on the seed and the epoch alone."""
+    def _batches(self, last: int) -> Iterator[tuple[TrainingData, torch.Tensor]]:
+        """Yield the rows of each step up to `last`, and the data to take them from.
+
+        The order depends on the seed and the epoch alone. Steps are counted as their batches are trained on.
+        """
         while self.step < last:
             epoch, skip = divmod(self.step, self.course.steps_per_epoch)
-            order = epoch_order(len(self.train), order_seed(self.config.seed, epoch), streamed=self.train.streamed)
+            order = epoch_order(len(self.train), order_seed(self.config.seed, epoch), window=self.train.window)
             batches = order.to(self.train.device).tensor_split(self.course.steps_per_epoch)
-            yield from batches[skip : skip + last - self.step]
+            before = sum(len(rows) for rows in batches[:skip])
+            yield from in_windows(self.train, batches[skip : skip + last - self.step], before=before)
 
     def moments(self) -> dict[str, torch.Tensor]:
         return {

@@ -11,7 +11,7 @@ import torch
 
 from palcache.cache import Space
 from palcache.errors import NumericsError
-from palcache.storage.spaces import Which
+from palcache.storage.spaces import TORCH_DTYPES, Which
 
 
 class Table(Protocol):
@@ -32,8 +32,15 @@ class Table(Protocol):
     def resident(self) -> torch.Tensor | None:
         """All vectors, (m, d), where they are at hand."""
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that a vector takes when it is read ahead."""
+
     def take(self, index: torch.Tensor) -> torch.Tensor:
         """Return vectors by their position, (n,) -> (n, d) float32."""
+
+    def gathered(self, index: torch.Tensor) -> Table:
+        """Return the same table with the vectors at some positions, (n,), in memory, from which alone it is then read."""
 
 
 @final
@@ -76,14 +83,82 @@ class VectorTable:
         """All vectors, (m, d), where they are on the device."""
         return self._resident
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a vector in its stored type."""
+        return self.width * TORCH_DTYPES[self._space.dtype].itemsize
+
     def take(self, index: torch.Tensor) -> torch.Tensor:
         """Return vectors by their position in this table, (n,) -> (n, d) float32."""
         if self._resident is not None:
             return torch.index_select(self._resident, 0, index)
-        rows = self._rows[index.cpu()]
+        return self._read(self._rows[index.cpu()]).float()
+
+    def gathered(self, index: torch.Tensor) -> Table:
+        """Return the same table with the vectors at some positions, (n,), on the device; a resident one as it is.
+
+        They are read in the order of the space, each once, and stay in their stored type.
+
+        Raises:
+            NumericsError: a vector is not finite.
+        """
+        if self._resident is not None:
+            return self
+        rows = torch.unique(self._rows[index.cpu()])
+        return GatheredTable(self._rows.to(self.device), rows.to(self.device), self._read(rows))
+
+    def _read(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return vectors by their row in the space, (n,) -> (n, d), in their stored type."""
         vectors = self._space.rows(rows, which=self._which)
         refuse_non_finite(vectors, self._space, rows)
-        return vectors.to(self.device).float()
+        return vectors.to(self.device)
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class GatheredTable:
+    """Part of a `VectorTable` in memory: positions are the table's own, and only those gathered may be asked for.
+
+    Attributes:
+        rows: in the space, of every position, (N,) int64.
+        held: rows whose vectors are held, ascending, (m,) int64.
+        vectors: of these, (m, d), in their stored type.
+    """
+
+    rows: torch.Tensor
+    held: torch.Tensor
+    vectors: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def width(self) -> int:
+        """Width of the vectors, d."""
+        return int(self.vectors.shape[-1])
+
+    @property
+    def streamed(self) -> bool:
+        """The vectors are in memory."""
+        return False
+
+    @property
+    def resident(self) -> None:
+        """Not all vectors are at hand."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a vector."""
+        return self.width * self.vectors.element_size()
+
+    def take(self, index: torch.Tensor) -> torch.Tensor:
+        """Return vectors by their position in the table, (n,) -> (n, d) float32; each must have been gathered."""
+        return torch.index_select(self.vectors, 0, torch.searchsorted(self.held, self.rows[index])).float()
+
+    def gathered(self, index: torch.Tensor) -> Table:
+        """Return this table: what is asked for must be held."""
+        del index
+        return self
 
 
 @final
@@ -111,9 +186,19 @@ class TensorTable:
         """All vectors, (m, d)."""
         return self.vectors
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a vector."""
+        return self.width * self.vectors.element_size()
+
     def take(self, index: torch.Tensor) -> torch.Tensor:
         """Return vectors by their position in this table, (n,) -> (n, d)."""
         return torch.index_select(self.vectors, 0, index)
+
+    def gathered(self, index: torch.Tensor) -> Table:
+        """Return this table: its vectors are in memory."""
+        del index
+        return self
 
 
 def refuse_non_finite(vectors: torch.Tensor, space: Space, rows: torch.Tensor) -> None:

@@ -43,6 +43,7 @@ def plan_stacks(
     kinds: dict[object, list[int]] = {}
     for number, member in enumerate(members):
         alone = (number,) if member.shape.closed_form or member.config.token_weighting else ()
+        alone = (*alone, member.config.seed) if train.streamed else alone  # what is read ahead has one order
         kinds.setdefault((member.kind(len(train)), *alone), []).append(number)
     stacks = []
     for numbers in kinds.values():
