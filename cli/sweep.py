@@ -11,7 +11,7 @@ from palcache.errors import InputError
 
 from .display import Progress, print_json, print_table, progress, say
 from .failures import reports_errors
-from .options import CacheArgument, ComparisonsOption, DeviceOption, JsonOption, UnknownUsersOption
+from .options import CacheArgument, ComparisonsOption, DeviceOption, JsonOption, LogOption, UnknownUsersOption
 
 if TYPE_CHECKING:
     from palcache.sweeps.adapted import AdaptedSweep
@@ -50,15 +50,20 @@ def sweep(
         typer.Option(help="Groups of heads side by side.  [default: one a device or CPU thread]", show_default=False),
     ] = None,
     unknown_users: UnknownUsersOption = "refuse",
+    log: LogOption = None,
     json_: JsonOption = False,
 ) -> None:
     """Train many heads at once on cached vectors: every combination of a grid, resumable, with one table of results."""
     from palcache.cache import Cache
+    from palcache.devices import keep_freed_memory, parse_devices
+    from palcache.event_logs import log_run, open_logs
     from palcache.sweeps.adapted import DRAWS, adapt_sweep
     from palcache.sweeps.sweeps import run_sweep
     from palcache.users.curves import SHOTS
 
-    asked, opened = _grid(grid, config, recipe), Cache(cache)
+    asked, opened, kinds = _grid(grid, config, recipe), Cache(cache), log or []
+    open_logs(kinds, sweep)  # an unknown kind, or a package that is missing, is said before anything is trained
+    keep_freed_memory()
     with progress("sweep") as bar:
         result = run_sweep(
             opened,
@@ -69,6 +74,7 @@ def sweep(
             device=device,
             jobs=jobs,
             unknown_users=unknown_users,
+            on_head=lambda head: log_run(kinds, head.run) if head.run else None,
             on_progress=_Reporter(bar),
         )
     adapted = None
@@ -81,7 +87,7 @@ def sweep(
                 new_comparisons,
                 shots=shots,
                 draws=draws,
-                device=device.partition(",")[0],
+                device=parse_devices(device, option="--device")[0],
                 on_progress=lambda done, heads: bar.update(done, heads, f"{done} of {heads} heads"),
             )
     if json_:

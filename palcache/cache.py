@@ -170,22 +170,28 @@ class Cache:
                 f"Got the table name {name!r}; expected a file name without a slash or a leading dot: choose one with --name."
             )
 
-    def put_comparisons(self, stored: StoredComparisons) -> None:
-        """Write a comparison table, replacing the one of its name; the same table keeps the spaces that it had."""
+    def put_comparisons(self, stored: StoredComparisons) -> bool:
+        """Write a comparison table, replacing the one of its name; the same table keeps the spaces that it had.
+
+        Returns:
+            Whether a table of that name with other comparisons, or another split of them, was replaced.
+        """
         self.check_name(stored.name)
-        path = self.path / "comparisons" / f"{stored.name}.h5"
+        path, differs = self.path / "comparisons" / f"{stored.name}.h5", False
         with locked(path.with_name(".lock")):
             with contextlib.suppress(CacheError):  # a damaged table is replaced
                 before = read_stored(path)
-                if before.fingerprint == stored.fingerprint:
+                differs = before.fingerprint != stored.fingerprint
+                if not differs:
                     stored = replace(
                         stored,
                         spaces=tuple(sorted({*stored.spaces, *before.spaces})),
                         joint_spaces=tuple(sorted({*stored.joint_spaces, *before.joint_spaces})),
                     )
                     if all(getattr(stored, of) == getattr(before, of) for of in ("spaces", "joint_spaces", "about")):
-                        return  # of several processes that embed one table, the first has written it
+                        return False  # of several processes that embed one table, the first has written it
             write_stored(path, stored)
+        return differs
 
     def remove_comparisons(self, name: str) -> None:
         """Remove a comparison table in one step; its vectors stay until the cache is compacted.

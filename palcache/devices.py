@@ -98,7 +98,7 @@ def _available_memory() -> int:
 
 
 def _left_by_limits() -> int:
-    """Return what is left under the process's own limits (control group v2, RLIMIT_DATA), or a very large number."""
+    """Return what is left under the process's own limits (control groups, RLIMIT_DATA), or a very large number."""
     import resource
 
     left = [2**62]
@@ -106,12 +106,37 @@ def _left_by_limits() -> int:
     with contextlib.suppress(OSError, KeyError, ValueError):
         if soft != resource.RLIM_INFINITY:
             left.append(soft - _table("/proc/self/status")["VmData"] * 1024)
-    for name in ("memory.max", "memory.high"):
-        with contextlib.suppress(OSError, KeyError, ValueError):
-            group = Path("/sys/fs/cgroup" + Path("/proc/self/cgroup").read_text().rpartition("0::")[2].strip())
-            limit = int((group / name).read_text())  # `max` where there is none
-            left.append(limit - _table(str(group / "memory.stat"))["anon"])
+    for folder, limits, held in _control_groups():
+        for name in limits:
+            with contextlib.suppress(OSError, KeyError, ValueError):  # v2 says `max` where there is none
+                left.append(int((folder / name).read_text()) - _table(str(folder / "memory.stat"))[held])
     return max(0, min(left))
+
+
+_GROUPS: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
+    "": ("/sys/fs/cgroup", ("memory.max", "memory.high"), "anon"),
+    "memory": ("/sys/fs/cgroup/memory", ("memory.limit_in_bytes",), "total_rss"),
+}
+"""Of control groups of version 2 and 1: the root, files of limits, and what the processes hold in `memory.stat`."""
+
+
+def _control_groups() -> Iterator[tuple[Path, tuple[str, ...], str]]:
+    """Yield the memory groups that the process is in, up to the root: folder, files of limits, what its processes hold.
+
+    A container sees its own group as the root, or the names of folders above it that it does not see.
+    """
+    lines: list[str] = []
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        found = _GROUPS.get("memory" if "memory" in controllers.split(",") else controllers)
+        if found is None:
+            continue
+        root, limits, held = found
+        inside = Path(path.strip("/"))
+        for part in (inside, *inside.parents) if inside.parts else (inside,):
+            yield Path(root) / part, limits, held
 
 
 def _table(path: str) -> dict[str, int]:
@@ -139,10 +164,11 @@ def side_by_side(work: Callable[[Item], Result], items: Sequence[Item], device: 
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep freed memory for the next tensors of this process; without glibc nothing happens.
+    """Let the C library keep freed memory for this process's next tensors; without glibc nothing happens.
 
     By default glibc gives large blocks back at once, and every operation on a stack of heads then waits for the kernel to
-    find and clear its pages again: a quarter of the time of a step.
+    find and clear its pages again. It changes the whole process, so only the command line calls it; in a program of your
+    own call it once before `run_sweep` or `fit_stack` on a CPU.
     """
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL("libc.so.6")

@@ -49,6 +49,22 @@ def open_logs(kinds: Sequence[str], run: Path) -> tuple[EventLog, ...]:
     return tuple(made[kind](run) for kind in dict.fromkeys(kinds))
 
 
+def log_run(kinds: Sequence[str], result: RunResult) -> None:
+    """Log a finished run as `open_logs` and `finish_logs` would have while it was trained, the yardstick's curve left out.
+
+    Raises:
+        InputError: a kind is unknown.
+        PalcacheError: the package that a kind needs is not installed.
+    """
+    if result.fitted is None:
+        return
+    logs, history = open_logs(kinds, result.path), result.fitted.history
+    for row in history:
+        for log in logs:
+            log(FitProgress(row, history[-1].step, 0.0))
+    finish_logs(logs, result)
+
+
 def finish_logs(logs: Sequence[EventLog], result: RunResult) -> None:
     """Close logs with a run's options and final metrics; a run that was complete before leaves no log."""
     if result.fitted is None:

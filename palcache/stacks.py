@@ -19,7 +19,6 @@ from torch.func import vmap
 
 from palcache.checkpoints import HistoryRow
 from palcache.configs import FitConfig
-from palcache.devices import keep_freed_memory
 from palcache.errors import NumericsError
 from palcache.fits import (
     Course,
@@ -125,8 +124,6 @@ def fit_stack(
     assert len({member.kind(len(train)) for member in members}) == 1  # noqa: S101 - whoever groups them sees to it
     for member in members:
         check_fit(member.shape, train, val, member.config)
-    if train.device.type == "cpu":
-        keep_freed_memory()
     start, stack = time.perf_counter(), _Stack(members, train)
     results: dict[int, FitResult | NumericsError] = {}
     while stack.alive:

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -25,6 +26,7 @@ Row = dict[str, str | int]
 Group = Literal["adventurous", "homely"]
 
 SAMPLE_SEED: Final = 20240613
+NEW_USERS_SEED: Final = 20240614
 GROUPS: Final[tuple[Group, ...]] = ("adventurous", "homely")
 _BLOCK: Final = 65_536  # comparisons whose ideal points stand in memory at once
 
@@ -65,9 +67,21 @@ def sample_comparisons(
 
 
 def sample_rows(
-    seed: int = SAMPLE_SEED, users_per_group: int = 8, comparisons_per_user: int = 60, noise: float = 0.05
+    seed: int = SAMPLE_SEED,
+    users_per_group: int = 8,
+    comparisons_per_user: int = 60,
+    noise: float = 0.05,
+    *,
+    first_user: int = 0,
 ) -> list[Row]:
     """Return the rows of `sample_comparisons`, user by user, in the order in which they are drawn.
+
+    Args:
+        seed: as there, and so are the next three.
+        users_per_group: see there.
+        comparisons_per_user: see there.
+        noise: see there.
+        first_user: the number in the first user's name.
 
     Raises:
         InputError: an argument is out of its range.
@@ -80,8 +94,9 @@ def sample_rows(
         )
     if not 0 <= noise <= 1:
         raise InputError(f"Got noise = {noise}; expected a probability between 0 and 1.")
-    width = max(2, len(str(users_per_group - 1)))
-    users = [(f"{group}-{number:0{width}d}", group) for group in GROUPS for number in range(users_per_group)]
+    numbers = range(first_user, first_user + users_per_group)
+    width = max(2, len(str(numbers[-1])))
+    users = [(f"{group}-{number:0{width}d}", group) for group in GROUPS for number in numbers]
     random = _generator(seed)
     # Only uniform doubles are drawn: NumPy's other distributions may change between its releases (NEP 19).
     keys = random.random((len(users), len(pairs))) * [1.0 if pair.contested else 2.0 for pair in pairs]
@@ -96,7 +111,16 @@ def sample_rows(
 
 def write_sample(path: Path) -> None:
     """Write the default sample as JSON Lines (UTF-8, line feeds), always the same bytes; `path` is never partial."""
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in sample_rows())
+    _write_rows(path, sample_rows())
+
+
+def write_new_users(path: Path) -> None:
+    """Write four more users of each group, 40 comparisons each, as `write_sample` writes: users no head has seen."""
+    _write_rows(path, sample_rows(NEW_USERS_SEED, 4, 40, first_user=8))
+
+
+def _write_rows(path: Path, rows: Sequence[Row]) -> None:
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:

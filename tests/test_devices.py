@@ -101,6 +101,43 @@ def test_free_memory_in_a_control_group(
     assert free_memory(CPU) == expected * GIB
 
 
+@pytest.mark.parametrize(("own", "above", "expected"), [(5, 9, 3), (9, 4, 1), (9, 9, 6)])
+def test_free_memory_in_a_control_group_of_version_1(
+    monkeypatch: pytest.MonkeyPatch, own: int, above: int, expected: int
+) -> None:
+    """Every group up to the root may limit; what other processes of a group hold counts against it."""
+    root = "/sys/fs/cgroup/memory"
+    kernel(
+        monkeypatch,
+        {
+            "/proc/self/cgroup": "9:name=systemd:/\n4:cpu,memory:/jobs/7\n0::/\n",
+            f"{root}/jobs/7/memory.limit_in_bytes": f"{own * GIB}\n",
+            f"{root}/jobs/7/memory.stat": f"rss 1\ntotal_rss {2 * GIB}\n",
+            f"{root}/jobs/memory.limit_in_bytes": f"{above * GIB}\n",
+            f"{root}/jobs/memory.stat": f"rss 1\ntotal_rss {3 * GIB}\n",
+            f"{root}/memory.limit_in_bytes": "9223372036854771712\n",
+            f"{root}/memory.stat": f"total_rss {6 * GIB}\n",
+            "/proc/meminfo": f"MemAvailable: {8 * GIB // 1024} kB\n",
+        },
+    )
+    assert free_memory(CPU) == expected * GIB
+
+
+@pytest.mark.parametrize("path", ["/", "/docker/of-the-host"])
+def test_free_memory_in_a_container(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    """A container's own group is the root that it sees, whatever its name on the host."""
+    kernel(
+        monkeypatch,
+        {
+            "/proc/self/cgroup": f"0::{path}\n",
+            "/sys/fs/cgroup/memory.max": str(3 * GIB),
+            "/sys/fs/cgroup/memory.stat": f"anon {GIB}\n",
+            "/proc/meminfo": f"MemAvailable: {8 * GIB // 1024} kB\n",
+        },
+    )
+    assert free_memory(CPU) == 2 * GIB
+
+
 def test_free_memory_under_a_limit_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     status = f"Name:\tpython\nVmData:\t {GIB // 1024} kB\n"
     meminfo = f"MemAvailable: {8 * GIB // 1024} kB\n"

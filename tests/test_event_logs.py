@@ -14,9 +14,11 @@ import pytest
 from palcache.cache import Cache
 from palcache.configs import FitConfig, HeadConfig
 from palcache.errors import InputError, NumericsError, PalcacheError
-from palcache.event_logs import final_metrics, finish_logs, open_logs
+from palcache.event_logs import final_metrics, finish_logs, log_run, open_logs
 from palcache.runs.folders import LOGS, RunResult
 from palcache.runs.trainings import train_run
+from palcache.sweeps.grids import parse_grid
+from palcache.sweeps.sweeps import SweepHead, run_sweep
 from palcache.training import FitProgress
 from tests.worlds import files_of, make_cache, planted_rows
 
@@ -153,6 +155,30 @@ def test_a_complete_run_is_not_logged_again(
     train(cache, tmp_path / "run")
     train(cache, tmp_path / "run", "wandb", resume=True)
     assert wandb == []
+
+
+def test_a_sweep_logs_each_head_that_it_trains(
+    cache: Cache, tmp_path: Path, wandb: list[tuple[dict[str, Any], FakeRun]]
+) -> None:
+    """Heads train together, so a head's curve is told when its run is written; a complete head is not logged again."""
+    options: dict[str, Any] = {"device": "cpu", "jobs": 2}
+    for grid, new in (("k=2 seed=0:2", 2), ("k=2,3 seed=0:2", 2), ("k=2,3 seed=0:2", 0)):
+        before, heads = len(wandb), list[SweepHead]()
+
+        def log(head: SweepHead, heads: list[SweepHead] = heads) -> None:
+            assert head.run is not None
+            heads.append(head)
+            log_run(["wandb"], head.run)
+
+        run_sweep(cache, tmp_path / "sweep", parse_grid(f"p=4 epochs=2 {grid}"), on_head=log, **options)
+        assert len(heads) == len(wandb) - before == new
+        for head, (started, found) in zip(heads, wandb[before:], strict=True):
+            assert started["name"] == head.name
+            assert head.run is not None
+            assert head.run.fitted is not None
+            assert [row["head/val_loss"] for row in found.rows] == [row.val_loss for row in head.run.fitted.history]
+            assert found.summary == final_metrics(head.run)
+            assert found.finished == 1
 
 
 def test_a_run_that_breaks_leaves_its_log_and_its_name(

@@ -23,6 +23,7 @@ from palcache.synthetic import (
     population_comparisons,
     sample_comparisons,
     sample_rows,
+    write_new_users,
     write_sample,
 )
 
@@ -129,6 +130,19 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(OSError, match="the disk is gone"):
         write_sample(path)
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("sample.jsonl", b"old")]
+
+
+def test_committed_new_users_regenerate_byte_for_byte(tmp_path: Path, rows: list[Row]) -> None:
+    """They are of the same groups and pairs, and none of them is in the sample."""
+    write_new_users(tmp_path / "new_users.jsonl")
+    content = (tmp_path / "new_users.jsonl").read_bytes()
+    assert content == SAMPLE.with_name("new_users.jsonl").read_bytes()
+    new = [json.loads(line) for line in content.splitlines()]
+    assert sorted({row["user_id"] for row in new}) == [
+        f"{group}-{number:02d}" for group in ("adventurous", "homely") for number in range(8, 12)
+    ]
+    assert not {row["user_id"] for row in new} & {row["user_id"] for row in rows}
+    assert {row["pair_id"] for row in new} <= {row["pair_id"] for row in sample_rows(1, 1, 504)}
 
 
 def test_sample_has_the_promised_users_and_pairs(rows: list[Row]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -18,6 +19,7 @@ from palcache.embedding.summaries import EmbedProgress, EmbedSummary, OnProgress
 from palcache.embedding.works import Work, as_state_encoder, tokenize_items
 from palcache.embedding.writers import SpaceWriter
 from palcache.encoders import Encoder, Role
+from palcache.errors import PalcacheWarning
 from palcache.fingerprints import Keys, digest, joint_keys, text_keys
 from palcache.storage.comparison_files import StoredComparisons
 from palcache.storage.layouts import FILE_DTYPES
@@ -115,14 +117,25 @@ def fill_spaces(
 def store_table(
     comparisons: Comparisons, cache: Cache, summary: EmbedSummary, *, name: str, about: dict[str, Any] | None
 ) -> None:
-    """Bring the indexes up to date and store a table whose texts are all encoded."""
+    """Bring the indexes up to date and store a table whose texts are all encoded.
+
+    Warns:
+        PalcacheWarning: a table of that name with other comparisons was replaced.
+    """
     with summary.timed("write"):
         for space_id in summary.spaces.values():
             cache.save_index(space_id)
         joint = (summary.spaces["joint"],) if "joint" in summary.spaces else ()
         pairs = () if joint else ((summary.spaces["prompt"], summary.spaces["response"]),)
         fingerprint = comparisons.fingerprint()
-        cache.put_comparisons(StoredComparisons(name, comparisons, fingerprint, pairs, about or {}, joint))
+        replaced = cache.put_comparisons(StoredComparisons(name, comparisons, fingerprint, pairs, about or {}, joint))
+    if replaced:
+        warnings.warn(
+            f"The table {name} in {cache.path} had other comparisons or another split and was replaced: runs and sweeps on "
+            "it no longer fit it; give --name to keep both.",
+            PalcacheWarning,
+            stacklevel=2,
+        )
 
 
 def plan_embedding(

@@ -25,6 +25,7 @@ from palcache.encoders.loading import (
     library_versions,
     locate,
     quiet,
+    require_model,
     resolve_compute_dtype,
     why_not,
     workers_for,
@@ -52,6 +53,7 @@ def load_hidden_states(config: EmbedConfig) -> HiddenStateEncoder:
     device = resolve_device(config.device)
     dtype = resolve_compute_dtype(config.compute_dtype, device)
     place, label = locate(config.model)
+    require_model(config.model, place, config.revision)
     options: dict[str, Any] = {
         "revision": config.revision,
         "trust_remote_code": config.trust_remote_code,

@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+import huggingface_hub
 import torch
 import transformers
+from huggingface_hub.errors import EntryNotFoundError
 
 from palcache.errors import InputError, ModelError
 
@@ -66,6 +68,25 @@ def locate(model: str) -> tuple[str, str]:
             f"There is no model folder {path}; expected a folder, an id on the hub such as {MINILM}, or minilm."
         )
     return model, model
+
+
+def require_model(model: str, place: str, revision: str | None) -> None:
+    """Refuse a hub model that is neither on this machine nor to be had, before loaders try again for a minute.
+
+    Raises:
+        ModelError: the hub cannot be reached, or has no such model.
+    """
+    if Path(place).is_dir():
+        return
+    for name in ("config.json", "modules.json"):
+        if isinstance(huggingface_hub.try_to_load_from_cache(place, name, revision=revision), str):
+            return
+    try:
+        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(place, "config.json", revision=revision))
+    except EntryNotFoundError:  # of another layout: whoever loads it says what is wrong
+        return
+    except Exception as error:
+        raise ModelError(why_not(model, place, error)) from error
 
 
 def why_not(model: str, place: str, error: Exception) -> str:

@@ -26,6 +26,7 @@ from palcache.encoders.loading import (
     library_versions,
     locate,
     quiet,
+    require_model,
     resolve_compute_dtype,
     why_not,
     workers_for,
@@ -62,6 +63,7 @@ def load_encoder(config: EmbedConfig) -> SentenceEncoder:
     device = resolve_device(config.device)
     dtype = resolve_compute_dtype(config.compute_dtype, device)
     place, label = locate(config.model)
+    require_model(config.model, place, config.revision)
     with quiet():
         from sentence_transformers import SentenceTransformer
 

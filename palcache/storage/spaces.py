@@ -15,6 +15,7 @@ from palcache.configs import StoredDtype
 from palcache.errors import CacheError, StorageError
 from palcache.fingerprints import KEY_BYTES, Keys
 from palcache.storage.datasets import POOLED, PROMPT, SCALES, TOKENS
+from palcache.storage.gathers import MappedRows
 from palcache.storage.indexes import KeyIndex
 from palcache.storage.shards import FAILED, Shard
 
@@ -55,6 +56,7 @@ class Space:
                 )
         self._bases = np.cumsum([0, *(shard.header.rows for shard in self.shards)])
         self._tensors: dict[str, list[torch.Tensor]] = {}
+        self._rows: dict[str, MappedRows] = {}
 
     @property
     def shard_folder(self) -> Path:
@@ -245,10 +247,17 @@ class Space:
         if not self.shards:
             empty = torch.empty((0, self.width), dtype=TORCH_DTYPES[self.dtype])
             return empty if name in SCALES else torch.empty(0, dtype=torch.int64)
-        found = _select(self._parts(name), at, bases, view=name == TOKENS)
+        rows = self._mapped(name, bases)
+        found = rows.neighbours(at) if name == TOKENS else None
+        found = rows.take(at) if found is None else found
         if self.dtype == "int8" and name in SCALES:
-            return found.float() * _select(self._parts(SCALES[name]), at, bases, view=False)[:, None]
+            return found.float() * self._mapped(SCALES[name], bases).take(at)[:, None]
         return found
+
+    def _mapped(self, name: str, bases: npt.NDArray[np.int64]) -> MappedRows:
+        if name not in self._rows:
+            self._rows[name] = MappedRows(self._parts(name), bases)
+        return self._rows[name]
 
     def norms(self) -> npt.NDArray[np.float32]:
         """Return the Euclidean norms of all vectors before they were stored, (N,)."""
@@ -276,21 +285,3 @@ def _as_tensor(array: npt.NDArray[Any], dtype: StoredDtype) -> torch.Tensor:
     if array.dtype == np.uint16 and dtype == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array.view(np.int32) if array.dtype == np.uint32 else array)
-
-
-def _select(parts: list[torch.Tensor], at: torch.Tensor, bases: npt.NDArray[np.int64], *, view: bool) -> torch.Tensor:
-    """Return entries of parts that begin at `bases` when they are counted through; `view` leaves neighbours uncopied."""
-    if view and at.numel() > 1 and int(at[-1]) - int(at[0]) == at.numel() - 1 and bool((at[1:] > at[:-1]).all()):
-        part = int(np.searchsorted(bases, int(at[0]), side="right")) - 1
-        if int(at[-1]) < int(bases[part + 1]):
-            return parts[part][int(at[0]) - int(bases[part]) : int(at[-1]) + 1 - int(bases[part])]
-    if len(parts) == 1:
-        return torch.index_select(parts[0], 0, at)
-    ordered, order = torch.sort(at)
-    cuts = torch.searchsorted(ordered, torch.from_numpy(bases)).tolist()
-    found = torch.empty((at.numel(), *parts[0].shape[1:]), dtype=parts[0].dtype)
-    for number, (first, last) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
-        if first < last:
-            local = ordered[first:last] - int(bases[number])
-            torch.index_select(parts[number], 0, local, out=found[first:last])
-    return torch.empty_like(found).index_copy_(0, order, found)

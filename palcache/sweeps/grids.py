@@ -57,6 +57,7 @@ NEW_USER_KEYS: Final = ("shots", "draws")
 EXAMPLE: Final = "'k=1,2 lr=1e-3,3e-4 seed=0:5'"
 _SECTIONS: Final = ("preset", "fixed", "grid", "zip", "random", "new_users")
 _RANGE: Final = re.compile(r"(-?\d+):(-?\d+)")
+_MEANT_RANGE: Final = re.compile(r"(\d+)(?:-|\.\.|\u2013)(\d+)")
 _HINTS: Final[Mapping[str, Any]] = {**get_type_hints(HeadConfig), **get_type_hints(FitConfig), SPLIT_SEED: int}
 Params = dict[str, Any]
 """Options of one head by name, as they were asked for."""
@@ -198,7 +199,7 @@ def _require_key(name: str, origin: str) -> None:
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.65)
     return f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}."
 
 
@@ -230,7 +231,9 @@ def _read_value(name: str, text: str, origin: str) -> Any:
                 continue
     if text in kinds or str in kinds:
         return text
-    raise InputError(f"{origin}: {name}={text}; expected {_expected(kinds)}.")
+    meant = _MEANT_RANGE.fullmatch(text) if int in kinds else None
+    hint = f"; for a range give {name}={meant[1]}:{int(meant[2]) + 1}, which leaves out its end" if meant else ""
+    raise InputError(f"{origin}: {name}={text}; expected {_expected(kinds)}{hint}.")
 
 
 def _kinds(name: str) -> tuple[Any, ...]:

