@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from palcache.configs import ComputeDtype, EmbedConfig, Items, SplitBy, SplitConfig, StoredDtype, TokenLevel
+from palcache.configs import ComputeDtype, EmbedConfig, Items, SplitBy, SplitConfig, TokenLevel
 
 from .display import Progress, print_json, progress, say
 from .failures import reports_errors
@@ -21,12 +21,18 @@ from .options import (
     EncoderOption,
     JsonOption,
     LayerOption,
+    MadeCacheOption,
     PoolingOption,
     PromptTemplateOption,
     ResponseTemplateOption,
     RevisionOption,
+    SplitSeedOption,
+    StoredDtypeOption,
+    TableNameOption,
+    TestOption,
     TruncateDimOption,
     TrustOption,
+    ValOption,
     parse_pairs,
 )
 
@@ -45,14 +51,11 @@ def embed(
         list[Path], typer.Argument(help=".jsonl, .csv or .parquet files, read as one table.", show_default=False)
     ],
     *,
-    cache: Annotated[Path, typer.Option(help="The cache folder, made where it is missing.", show_default=False)],
+    cache: MadeCacheOption,
     model: Annotated[str, typer.Option(help="minilm, a model's id on the hub, or a folder.")] = _EMBED.model,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
-    name: Annotated[
-        str | None,
-        typer.Option(help="Name of the table in the cache.  [default: the first file's]", show_default=False),
-    ] = None,
+    name: TableNameOption = None,
     map_: Annotated[
         list[str] | None,
         typer.Option("--map", help="NAME=COLUMN renames a column; may be repeated.", show_default=False),
@@ -60,9 +63,9 @@ def embed(
     split_by: Annotated[
         SplitBy, typer.Option(help="What stays in one split; auto: the split column, else pair.")
     ] = _SPLIT.by,
-    val: Annotated[float, typer.Option(help="Share of the units for validation.")] = _SPLIT.val,
-    test: Annotated[float, typer.Option(help="Share of the units for testing.")] = _SPLIT.test,
-    seed: Annotated[int, typer.Option(help="Of the split and of the sides of chosen and rejected.")] = _SPLIT.seed,
+    val: ValOption = _SPLIT.val,
+    test: TestOption = _SPLIT.test,
+    seed: SplitSeedOption = _SPLIT.seed,
     ties: Annotated[
         Literal["refuse", "drop", "half"], typer.Option(help="y = 0: refuse, drop, or half (both count one half).")
     ] = "refuse",
@@ -74,7 +77,7 @@ def embed(
     compute_dtype: Annotated[
         ComputeDtype, typer.Option(help="Type of the forward pass; auto: bfloat16 on CUDA, float32 elsewhere.")
     ] = _EMBED.compute_dtype,
-    dtype: Annotated[StoredDtype, typer.Option(help="Type of the stored vectors.")] = _EMBED.dtype,
+    dtype: StoredDtypeOption = _EMBED.dtype,
     max_tokens: Annotated[
         int | None, typer.Option(help="Truncate texts to this many tokens.  [default: the model's]", show_default=False)
     ] = None,

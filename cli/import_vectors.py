@@ -7,12 +7,21 @@ from typing import Annotated, Any
 
 import typer
 
-from palcache.configs import EmbedConfig, SplitBy, SplitConfig, StoredDtype
+from palcache.configs import EmbedConfig, SplitBy, SplitConfig
 
 from .display import progress
 from .embed import Reporter, report_summary
 from .failures import reports_errors
-from .options import JsonOption, parse_pairs
+from .options import (
+    JsonOption,
+    MadeCacheOption,
+    SplitSeedOption,
+    StoredDtypeOption,
+    TableNameOption,
+    TestOption,
+    ValOption,
+    parse_pairs,
+)
 
 _EMBED = EmbedConfig()
 _SPLIT = SplitConfig()
@@ -25,7 +34,7 @@ def import_vectors(
         typer.Argument(help="Tables whose prompt, response_1 and response_2 hold ids.", show_default=False),
     ],
     *,
-    cache: Annotated[Path, typer.Option(help="The cache folder, made where it is missing.", show_default=False)],
+    cache: MadeCacheOption,
     vectors: Annotated[Path, typer.Option(help=".npy, .safetensors or .parquet.", show_default=False)],
     model: Annotated[str, typer.Option(help="A name for what made the vectors.", show_default=False)],
     ids: Annotated[
@@ -41,20 +50,17 @@ def import_vectors(
     id_column: Annotated[str, typer.Option(help="Ids in Parquet files.")] = "id",
     vector_column: Annotated[str, typer.Option(help="Vectors in Parquet files.")] = "vector",
     tensor: Annotated[str | None, typer.Option(help="Tensor in safetensors files.", show_default=False)] = None,
-    name: Annotated[
-        str | None,
-        typer.Option(help="Name of the table in the cache.  [default: the first file's]", show_default=False),
-    ] = None,
+    name: TableNameOption = None,
     map_: Annotated[
         list[str] | None,
         typer.Option("--map", help="NAME=COLUMN, e.g. prompt=prompt_id; may be repeated.", show_default=False),
     ] = None,
     split_by: Annotated[SplitBy, typer.Option(help="As for palcache embed.")] = _SPLIT.by,
-    val: Annotated[float, typer.Option(help="Share of the units for validation.")] = _SPLIT.val,
-    test: Annotated[float, typer.Option(help="Share of the units for testing.")] = _SPLIT.test,
-    seed: Annotated[int, typer.Option(help="Of the split and of the sides of chosen and rejected.")] = _SPLIT.seed,
+    val: ValOption = _SPLIT.val,
+    test: TestOption = _SPLIT.test,
+    seed: SplitSeedOption = _SPLIT.seed,
     ties: Annotated[str, typer.Option(help="y = 0: refuse, drop, or half (both count one half).")] = "refuse",
-    dtype: Annotated[StoredDtype, typer.Option(help="Type of the stored vectors.")] = _EMBED.dtype,
+    dtype: StoredDtypeOption = _EMBED.dtype,
     json_: JsonOption = False,
 ) -> None:
     """Store vectors that were made elsewhere, and the tables of comparisons that name them by id."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from palcache.configs import EncoderKind, Pooling, UnknownUsers
+from palcache.configs import EncoderKind, Pooling, StoredDtype, UnknownUsers
 from palcache.errors import InputError
 
 CacheArgument = Annotated[Path, typer.Argument(help="The cache folder.", show_default=False)]
@@ -18,6 +18,17 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 ComparisonsOption = Annotated[
     str | None, typer.Option(help="Name of the comparison table; a cache with one needs none.", show_default=False)
 ]
+MadeCacheOption = Annotated[
+    Path, typer.Option("--cache", help="The cache folder, made where it is missing.", show_default=False)
+]
+TableNameOption = Annotated[
+    str | None,
+    typer.Option(help="Name of the table in the cache.  [default: the first file's]", show_default=False),
+]
+ValOption = Annotated[float, typer.Option(help="Share of the units for validation.")]
+TestOption = Annotated[float, typer.Option(help="Share of the units for testing.")]
+SplitSeedOption = Annotated[int, typer.Option(help="Of the split and of the sides of chosen and rejected.")]
+StoredDtypeOption = Annotated[StoredDtype, typer.Option(help="Type of the stored vectors.")]
 LogOption = Annotated[
     list[str] | None,
     typer.Option(help="Log to tensorboard or wandb as well, in RUN/logs; may be repeated.", show_default=False),

@@ -61,6 +61,20 @@ def scale_of(names: Sequence[str], colours: Sequence[str], name: str) -> Spec:
     return field(name, None, "nominal", scale={"domain": list(names), "range": list(colours)})
 
 
+def levels_of(levels: Sequence[Spec], y: Spec) -> Spec:
+    """Return a dashed line at the accuracy of each yardstick: `of` and `accuracy` of each."""
+    names = [level["of"] for level in levels]
+    return {
+        "data": {"values": list(levels)},
+        "mark": {"type": "rule", "strokeWidth": 1.5, "strokeDash": [5, 3]},
+        "encoding": {
+            "y": y,
+            "color": scale_of(names, [COLOURS[name] for name in names], "of"),
+            "tooltip": [field("of", "rule", "nominal"), number("accuracy", "accuracy")],
+        },
+    }
+
+
 def chart(description: str, height: int, *layers: Spec, **more: Any) -> Spec:
     """Return a chart as wide as its place."""
     size = {"width": "container", "height": height, "autosize": {"type": "fit", "contains": "padding"}}

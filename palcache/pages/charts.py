@@ -6,7 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from palcache.checkpoints import HistoryRow
-from palcache.pages.chart_parts import COLOURS, HEIGHT, RULES, Spec, chart, field, group_colours, number, scale_of
+from palcache.pages.chart_parts import (
+    COLOURS,
+    HEIGHT,
+    RULES,
+    Spec,
+    chart,
+    field,
+    group_colours,
+    levels_of,
+    number,
+    scale_of,
+)
 from palcache.pages.run_views import Row, Simplex
 from palcache.runs.prototypes import Matrix
 
@@ -219,17 +230,6 @@ def learning_curve(curve: Mapping[str, Any]) -> Spec:
     y = field("accuracy", "accuracy on their other comparisons", scale={"zero": False}, axis={"format": ".0%"})
     tooltip = [number("shots", "comparisons", ",d"), number("accuracy", "accuracy"), number("low", "from"),
                number("high", "to"), number("users", "users", ",d")]  # fmt: skip
-    names = list(beside)
-    colour = scale_of(names, [COLOURS[name] for name in names], "of")
-    levels_mark = {
-        "data": {"values": levels},
-        "mark": {"type": "rule", "strokeWidth": 1.5, "strokeDash": [5, 3]},
-        "encoding": {
-            "y": y,
-            "color": colour,
-            "tooltip": [field("of", "rule", "nominal"), number("accuracy", "accuracy")],
-        },
-    }
     band = {"data": {"values": rows}, "mark": {"type": "area", "color": "var(--head)", "opacity": 0.15},
             "encoding": {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}}}  # fmt: skip
     line = {
@@ -237,4 +237,4 @@ def learning_curve(curve: Mapping[str, Any]) -> Spec:
         "mark": {"type": "line", "point": True},
         "encoding": {"x": x, "y": y, "tooltip": tooltip},
     }
-    return chart("Accuracy of new users by number of comparisons", 280, band, levels_mark, line)
+    return chart("Accuracy of new users by number of comparisons", 280, band, levels_of(levels, y), line)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from palcache.pages.chart_parts import COLOURS, Spec, chart, field, group_colours, number, scale_of
+from palcache.pages.chart_parts import Spec, chart, field, group_colours, levels_of, number, scale_of
 from palcache.pages.run_views import Row
 
 
@@ -21,17 +21,6 @@ def by_option(name: str, runs: Sequence[Row], means: Sequence[Row], levels: Sequ
     order = list(dict.fromkeys(row["option"] for row in means))
     x = field("option", name, "ordinal", sort=order, axis={"grid": False, "labelAngle": 0, "labelLimit": 140})
     y = field("accuracy", "accuracy on test", scale={"zero": False}, axis={"format": ".0%"})
-    names = [row["of"] for row in levels]
-    colour = scale_of(names, [COLOURS[of] for of in names], "of")
-    yardsticks = {
-        "data": {"values": list(levels)},
-        "mark": {"type": "rule", "strokeWidth": 1.5, "strokeDash": [5, 3]},
-        "encoding": {
-            "y": y,
-            "color": colour,
-            "tooltip": [field("of", "rule", "nominal"), number("accuracy", "accuracy")],
-        },
-    }
     every = {
         "data": {"values": list(runs)},
         "mark": {"type": "point", "size": 26, "opacity": 0.3},
@@ -44,7 +33,7 @@ def by_option(name: str, runs: Sequence[Row], means: Sequence[Row], levels: Sequ
               "encoding": {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "tooltip": tooltip}}  # fmt: skip
     dots = {"data": {"values": list(means)}, "mark": {"type": "point", "size": 80},
             "encoding": {"x": x, "y": y, "tooltip": tooltip}}  # fmt: skip
-    return chart(f"Accuracy on test by {name}", 280, yardsticks, every, spread, dots)
+    return chart(f"Accuracy on test by {name}", 280, levels_of(levels, y), every, spread, dots)
 
 
 def new_users(rows: Sequence[Row]) -> Spec:
