@@ -186,19 +186,18 @@ def _print_summary(summary: EmbedSummary, cache: Path, *, plan: bool) -> None:
     truncated = f"; {about}{summary.truncated:,} texts truncated" if summary.truncated else ""
     tokens = f", of which {summary.token_bytes:,} for the states of single tokens" if summary.token_bytes else ""
     stages = ", ".join(f"{stage} {value:.2f}" for stage, value in summary.seconds.items())
+    sums = f" (sums over {summary.workers} workers, except total)" if summary.workers > 1 else ""
     lines = [
         f"{'plan for ' if plan else ''}{cache}",
         f"  texts    {summary.references:,} references, {sum(summary.distinct.values()):,} distinct ({by_role})",
         f"           {summary.hits:,} already cached, {summary.encoded:,} {verb}, {summary.repeats_saved:,} repeats saved",
         f"  tokens   {about}{summary.tokens:,}{padding}{truncated}",
         f"  bytes    {about}{summary.new_bytes:,}{tokens}",
-        f"  seconds  {stages}",
+        f"  seconds  {stages}{sums}",
     ]
     if summary.cosines:
         lowest = ", ".join(f"{role}s {cosine:.6f}" for role, cosine in summary.cosines.items())
         lines.append(f"  stored   lowest cosine to what was computed, on a sample: {lowest}")
-    if summary.workers > 1:
-        lines[-1] += f" (sums over {summary.workers} workers, except total)"
     if summary.idle_share is not None:
         lines.append(f"  idle     the device waited {summary.idle_share:.0%} of the time of encoding")
     if summary.failed:

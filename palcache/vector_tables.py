@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, final
+from typing import Final, Protocol, final
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,9 @@ import torch
 from palcache.cache import Space
 from palcache.errors import NumericsError
 from palcache.storage.spaces import TORCH_DTYPES, Which
+
+LOAD_ROWS: Final = 16_384
+"""Vectors that are read, checked and moved at a time."""
 
 
 class Table(Protocol):
@@ -66,9 +69,7 @@ class VectorTable:
     ) -> None:
         self.width, self.device, self._which = space.width, device, which
         self._space, self._rows = space, torch.from_numpy(rows)
-        self._resident = space.rows(rows, which=which).float().to(device) if resident else None
-        if self._resident is not None:
-            refuse_non_finite(self._resident, space, self._rows)
+        self._resident = self._load() if resident else None
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -107,8 +108,16 @@ class VectorTable:
         rows = torch.unique(self._rows[index.cpu()])
         return GatheredTable(self._rows.to(self.device), rows.to(self.device), self._read(rows))
 
+    def _load(self) -> torch.Tensor:
+        """Return all vectors on the device, (m, d) float32, with no more than a few of them anywhere else."""
+        out = torch.empty(len(self._rows), self.width, device=self.device)
+        for rows, part in zip(torch.split(self._rows, LOAD_ROWS), torch.split(out, LOAD_ROWS), strict=True):
+            part.copy_(self._read(rows))
+        return out
+
     def _read(self, rows: torch.Tensor) -> torch.Tensor:
         """Return vectors by their row in the space, (n,) -> (n, d), in their stored type."""
+        self._space.read_ahead(rows, which=self._which)
         vectors = self._space.rows(rows, which=self._which)
         refuse_non_finite(vectors, self._space, rows)
         return vectors.to(self.device)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
-from collections.abc import Sequence
-from typing import final
+import mmap
+from collections.abc import Callable, Sequence
+from typing import Final, final
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+GAP_PAGES: Final = 16
+"""Pages between two runs of pages that are read ahead as one run."""
 
 
 @final
@@ -41,6 +46,23 @@ class MappedRows:
         found = torch.index_select(self._view, 0, first.add_(at, alpha=self._units))
         return found.reshape(at.numel(), *self._shape)
 
+    def read_ahead(self, at: torch.Tensor) -> None:
+        """Let the system read the pages of some entries, (n,), now and in long runs; without `madvise` nothing happens.
+
+        Left to itself, a map is read where it is touched, and many systems then read megabytes around each place.
+        """
+        advise = _advise()
+        if advise is None or not at.numel():
+            return
+        rows = self._shifts[torch.bucketize(at, self._cuts, right=True)] + at * self._units
+        size = self._view.element_size()
+        starts = self._view.data_ptr() + np.sort(rows.numpy()) * (self._view.stride(0) * size)
+        first = starts // mmap.PAGESIZE
+        last = (starts + self._view.shape[1] * size - 1) // mmap.PAGESIZE
+        cuts = np.flatnonzero(first[1:] - last[:-1] - 1 > GAP_PAGES) + 1
+        for begin, end in zip(first[np.r_[0, cuts]].tolist(), last[np.r_[cuts - 1, -1]].tolist(), strict=True):
+            advise(begin * mmap.PAGESIZE, (end + 1 - begin) * mmap.PAGESIZE)
+
     def neighbours(self, at: torch.Tensor) -> torch.Tensor | None:
         """Return entries without a copy where they are neighbours of one shard in ascending order, else None."""
         if at.numel() < 2 or int(at[-1]) - int(at[0]) != at.numel() - 1 or not bool((at[1:] > at[:-1]).all()):
@@ -65,3 +87,17 @@ def _span(parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, in
     flat = torch.frombuffer(memory, dtype=parts[0].dtype)
     view = torch.as_strided(flat, ((count - width) // step + 1, width), (step, 1))
     return view, torch.tensor(starts) // step, width // step
+
+
+@functools.cache
+def _advise() -> Callable[[int, int], object] | None:
+    """Return what tells the system that it should read the pages at an address, for so many bytes."""
+    wanted = getattr(mmap, "MADV_WILLNEED", None)
+    try:
+        madvise = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError, TypeError):
+        return None
+    if wanted is None:
+        return None
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return lambda address, length: madvise(address, length, wanted)

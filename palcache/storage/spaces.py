@@ -129,6 +129,15 @@ class Space:
         """
         return self._gather(_DATASETS[which], self._checked(indices), self._bases).to(device)
 
+    def read_ahead(self, indices: npt.NDArray[Any] | torch.Tensor, *, which: Which = "pooled") -> None:
+        """Let the system read the vectors of some rows, (n,), from the disk while nobody waits for them yet.
+
+        Raises:
+            IndexError: a row is outside the space.
+        """
+        if self.shards:
+            self._mapped(_DATASETS[which], self._bases).read_ahead(self._checked(indices))
+
     def tensor(self, *, which: Which = "pooled", device: str | torch.device = "cpu") -> torch.Tensor:
         """Return all vectors, (N, d), as `rows` does; on the CPU a single shard is not copied, unless it is int8."""
         if not self.shards:

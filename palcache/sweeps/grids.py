@@ -32,7 +32,6 @@ Keys are the fields of `HeadConfig` and `FitConfig`, and `split_seed`, which spl
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 import re
@@ -46,7 +45,7 @@ from typing import Any, Final, Literal, Union, final, get_args, get_origin, get_
 import numpy as np
 
 from palcache.configs import FitConfig, HeadConfig, read_toml
-from palcache.errors import InputError
+from palcache.errors import InputError, did_you_mean
 from palcache.presets import load_preset
 
 SPLIT_SEED: Final = "split_seed"
@@ -138,7 +137,7 @@ def grid_of(values: Mapping[str, Any], *, origin: str) -> Grid:
     """Return the grid of a TOML file's values; arguments and errors as for `read_grid`."""
     for name in values:
         if name not in _SECTIONS:
-            raise InputError(f"{origin}: unknown section {name}; {_nearest(name, _SECTIONS)}")
+            raise InputError(f"{origin}: unknown section {name}; {_hint(name, _SECTIONS)}")
     for name in _SECTIONS[1:]:
         if not isinstance(values.get(name, {}), Mapping):
             raise InputError(f"{origin}: {name} = {values[name]!r}; expected a section [{name}] of options.")
@@ -169,7 +168,7 @@ def _new_users(section: Mapping[str, Any], origin: str) -> Mapping[str, Any]:
 
     for name, value in section.items():
         if name not in NEW_USER_KEYS:
-            raise InputError(f"{origin}: unknown key {name} in [new_users]; {_nearest(name, NEW_USER_KEYS)}")
+            raise InputError(f"{origin}: unknown key {name} in [new_users]; {_hint(name, NEW_USER_KEYS)}")
         if name == "draws" and not counts(value, 1):
             raise InputError(f"{origin}: draws = {value!r} in [new_users]; expected a whole number of at least 1.")
         if name == "shots" and not (isinstance(value, list) and value and all(counts(one, 0) for one in value)):
@@ -195,12 +194,11 @@ def configs_of(params: Mapping[str, Any]) -> tuple[HeadConfig, FitConfig, int | 
 
 def _require_key(name: str, origin: str) -> None:
     if name not in KEYS:
-        raise InputError(f"{origin}: unknown key {name}; {_nearest(name, KEYS)}")
+        raise InputError(f"{origin}: unknown key {name}; {_hint(name, KEYS)}")
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.65)
-    return f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}."
+def _hint(name: str, known: Sequence[str]) -> str:
+    return did_you_mean(name, known, f"the keys are {', '.join(known)}.")
 
 
 def _read_values(name: str, text: str, origin: str) -> list[Any]:

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from palcache.storage import gathers
 from palcache.storage.gathers import MappedRows
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.int32, torch.int64]
@@ -82,3 +83,38 @@ def test_a_part_between_whole_values_is_read_right() -> None:
     parts = [torch.ones(4, 3), torch.from_numpy(odd)]
     rows = MappedRows(parts, bases_of(parts))
     assert torch.equal(rows.take(torch.tensor([13, 0, 4])), torch.cat(parts)[[13, 0, 4]])
+
+
+def test_what_is_read_ahead_are_the_pages_of_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neighbouring pages are one request, and so are pages with a small gap between them."""
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(gathers, "_advise", lambda: lambda address, length: asked.append((address, length)))
+    monkeypatch.setattr(gathers, "GAP_PAGES", 1)
+    parts, page = list[torch.Tensor](), mmap.PAGESIZE
+    for number in range(2):
+        (tmp_path / str(number)).write_bytes(bytes(20 * page))
+        with (tmp_path / str(number)).open("rb") as file:
+            buffer = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        parts.append(torch.from_numpy(np.frombuffer(buffer, np.uint8).reshape(40, page // 2)))
+    rows = MappedRows(parts, bases_of(parts))
+    for numbers, expected in (
+        ([0], [(0, 0, 1)]),
+        ([5, 0, 1], [(0, 0, 3)]),
+        ([0, 8, 9], [(0, 0, 1), (0, 4, 1)]),
+        ([39, 41, 40], [(0, 19, 1), (1, 0, 1)]),
+        ([], []),
+    ):
+        asked.clear()
+        rows.read_ahead(torch.tensor(numbers, dtype=torch.int64))
+        pages = [(parts[part].data_ptr() + first * page, count * page) for part, first, count in expected]
+        assert sorted(asked) == sorted(pages)
+
+
+def test_a_system_without_advice_reads_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(mmap, "MADV_WILLNEED", raising=False)
+    gathers._advise.cache_clear()
+    parts = random_parts([4, 5], (3,), torch.float32, 0)
+    rows = MappedRows(parts, bases_of(parts))
+    rows.read_ahead(torch.tensor([8, 1]))
+    assert torch.equal(rows.take(torch.tensor([8, 1])), torch.cat(parts)[[8, 1]])
+    gathers._advise.cache_clear()
