@@ -16,6 +16,8 @@ from benchmarks.measuring import Job, clock, devices, finish, in_turn, ratio
 from benchmarks.results import Row, row
 from benchmarks.sources import SHARD_ROWS, add_vectors, numbered_keys, random_vectors, scratch, spec_of
 from palcache import Cache, Space
+from palcache.storage.datasets import POOLED
+from palcache.storage.gathers import MappedRows
 
 GOAL: Final = 1.2
 BATCH: Final = 256
@@ -52,12 +54,27 @@ def _measure(space: Space, file: Path, device: str, batches: int, rounds: int) -
             read(block)
     jobs = {name: _job(read, len(space), device, batches) for name, read in readers.items()}
     seconds = in_turn(jobs, rounds)
+    drawn = np.random.Generator(np.random.PCG64(12)).integers(len(space), size=(200, BATCH))
     micro = {name: statistics.median(values) / batches * 1e6 for name, values in seconds.items()}
     shards = f"{len(space.shards)} shard{'s' if len(space.shards) > 1 else ''}"
     what = f"batches of {BATCH} random rows of {len(space):,} x {space.width} float16, {shards}, to torch"
     unmeasured = row("read", what, device, against="np.memmap on .npy", goal=str(GOAL))
     measured = f"{micro['ours']:.0f} against {micro['theirs']:.0f} microseconds a batch, files in the page cache"
-    return unmeasured.with_ratio(ratio(seconds["theirs"], seconds["ours"]), GOAL, measured)
+    return unmeasured.with_ratio(ratio(seconds["theirs"], seconds["ours"]), GOAL, measured, _profile(space, drawn))
+
+
+def _profile(space: Space, drawn: npt.NDArray[np.int64]) -> str:
+    """Return what one batch costs, part by part."""
+    maps = [torch.from_numpy(shard.dataset(POOLED)) for shard in space.shards]
+    rows, inside = MappedRows(maps, np.cumsum([0, *map(len, maps)])), torch.from_numpy(drawn) % len(maps[0])
+    places = [rows.places(torch.from_numpy(at)) for at in drawn]
+    parts: dict[str, Callable[[], object]] = {
+        "find their places": lambda: [rows.places(torch.from_numpy(at)) for at in drawn],
+        "gather them": lambda: [rows.at_places(at) for at in places],
+        "gather as many of the first shard": lambda: [torch.index_select(maps[0], 0, at) for at in inside],
+    }
+    timed = {name: min(clock(part) for _ in range(5)) / len(drawn) * 1e6 for name, part in parts.items()}
+    return "microseconds of a batch, each part timed alone: " + ", ".join(f"{n} {v:.0f}" for n, v in timed.items())
 
 
 def _job(read: Reader, rows: int, device: str, batches: int) -> Job:

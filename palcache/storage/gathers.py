@@ -42,9 +42,16 @@ class MappedRows:
         """Return entries by their number, (n,) int64 -> (n, ...); numbers must be in range."""
         if len(self._parts) == 1:
             return torch.index_select(self._parts[0], 0, at)
+        return self.at_places(self.places(at))
+
+    def places(self, at: torch.Tensor) -> torch.Tensor:
+        """Return where entries are in the strided view, (n,) int64."""
         first = torch.index_select(self._shifts, 0, torch.bucketize(at, self._cuts, right=True))
-        found = torch.index_select(self._view, 0, first.add_(at, alpha=self._units))
-        return found.reshape(at.numel(), *self._shape)
+        return first.add_(at, alpha=self._units)
+
+    def at_places(self, places: torch.Tensor) -> torch.Tensor:
+        """Return the entries at some places of the strided view, (n,) -> (n, ...)."""
+        return torch.index_select(self._view, 0, places).reshape(len(places), *self._shape)
 
     def read_ahead(self, at: torch.Tensor) -> None:
         """Let the system read the pages of some entries, (n,), now and in long runs; without `madvise` nothing happens.
@@ -54,9 +61,8 @@ class MappedRows:
         advise = _advise()
         if advise is None or not at.numel():
             return
-        rows = self._shifts[torch.bucketize(at, self._cuts, right=True)] + at * self._units
         size = self._view.element_size()
-        starts = self._view.data_ptr() + np.sort(rows.numpy()) * (self._view.stride(0) * size)
+        starts = self._view.data_ptr() + np.sort(self.places(at).numpy()) * (self._view.stride(0) * size)
         first = starts // mmap.PAGESIZE
         last = (starts + self._view.shape[1] * size - 1) // mmap.PAGESIZE
         cuts = np.flatnonzero(first[1:] - last[:-1] - 1 > GAP_PAGES) + 1

@@ -213,7 +213,8 @@ class Space:
 
     def _checked(self, indices: npt.NDArray[Any] | torch.Tensor) -> torch.Tensor:
         at = torch.as_tensor(indices, dtype=torch.int64, device="cpu").reshape(-1)
-        if at.numel() and not (int(at.min()) >= 0 and int(at.max()) < len(self)):
+        lowest, highest = torch.aminmax(at) if at.numel() else (0, -1)
+        if int(lowest) < 0 or int(highest) >= len(self):
             wrong = at[(at < 0) | (at >= len(self))][0]
             raise IndexError(f"Got the row {int(wrong)}; the space {self.space_id} has rows 0 to {len(self) - 1}.")
         return at
