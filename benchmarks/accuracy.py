@@ -21,6 +21,7 @@ REAL: Final = "convarg/seen_users.parquet"
 GOALS: Final = {2: (0.93, 0.90), 5: (0.91, None)}
 """By k: the least mean, and the least accuracy of any seed."""
 SECONDS: Final = 1.7
+"""What the low-rank steps took on the two cores on which the goal was set."""
 _FOLDERS: Final = fresh("run")
 
 
@@ -115,7 +116,7 @@ def _list(values: Sequence[float]) -> str:
 def _time_row(device: str) -> Row:
     what = "seconds of training to that accuracy, k = 2"
     against = "1,000 full-batch steps of rank-2 linear rewards with simplex weights, as LoRe takes"
-    return row("accuracy", what, device, against=against, goal=f"{SECONDS} s on 2 cores")
+    return row("accuracy", what, device, against=against, goal="1")
 
 
 def _filled_time(unmeasured: Row, done: Seeds, loops: Sequence[float]) -> Row:
@@ -124,7 +125,10 @@ def _filled_time(unmeasured: Row, done: Seeds, loops: Sequence[float]) -> Row:
         f"{seconds:.2f} s ({', '.join(f'{value:.2f}' for value in done.seconds)}), {done.steps:.0f} steps, against "
         f"{statistics.median(loops):.2f} s"
     )
-    return unmeasured.with_verdict(seconds <= SECONDS, measured, str(ratio(loops, done.seconds)))
+    note = (
+        f"where the goal was set, the low-rank steps took {SECONDS} s; a time is compared with theirs in the same run"
+    )
+    return unmeasured.with_ratio(ratio(loops, done.seconds), 1.0, measured, note)
 
 
 def _low_rank_seconds(cache: Cache, k: int, device: str, steps: int) -> float:

@@ -209,6 +209,11 @@ def require_finite_losses(losses: torch.Tensor, config: FitConfig, first: int, c
     )
 
 
+def mean_loss(losses: torch.Tensor) -> float:
+    """Return the mean of some losses, (s,), rounded once: whoever adds them up gets the same."""
+    return math.fsum(losses.tolist()) / len(losses)
+
+
 @contextmanager
 def few_threads(work: int, device: torch.device) -> Iterator[None]:
     """Use no more CPU threads than a step's multiply-adds keep busy."""

@@ -17,6 +17,16 @@ GAMMA: Final = 5.0
 """The published margin of the hinge and width of the smooth hinge's quadratic part."""
 
 
+def exactly(values: torch.Tensor) -> torch.Tensor:
+    """Return values in float64 where the device has it.
+
+    Exponentials in float32 differ in the last bit with where in a tensor a value stands (in a vector of the processor, or
+    in what is left over at the end); in float64 they do too, but rounded to float32 they agree. So a head in a stack has the
+    gradients of the same head alone. There is one margin per comparison, so it costs next to nothing.
+    """
+    return values if values.device.type == "mps" else values.double()
+
+
 def cross_entropy(margins: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Return -log P(y) of each comparison, where P(response_2 preferred) = sigmoid(margin).
 

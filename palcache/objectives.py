@@ -14,7 +14,15 @@ from palcache.configs import FitConfig
 from palcache.heads.ideal_points import per_pair
 from palcache.heads.projectors import Parameters
 from palcache.heads.protocols import Head, IdealPointHead
-from palcache.losses import norm_bound, pairwise_loss, position_weights, reduce_loss, token_losses, user_weights
+from palcache.losses import (
+    exactly,
+    norm_bound,
+    pairwise_loss,
+    position_weights,
+    reduce_loss,
+    token_losses,
+    user_weights,
+)
 from palcache.noises import Noise
 from palcache.tensors import PairBatch, PreferenceData
 from palcache.token_batches import TokenBatch, TokenData
@@ -62,7 +70,7 @@ class Objective:
         """
         with _precision(self.config, batch.y.device):
             margins, ideal = self._forward(parameters, _pairs(batch), noise, updates)
-        margins = margins.to(torch.promote_types(margins.dtype, torch.float32))
+        margins = exactly(margins)
         weights = None if counts is None else user_weights(batch.user, counts).to(margins.dtype)
         losses = self._losses(margins, batch)
         if isinstance(batch, PairBatch):
@@ -71,7 +79,7 @@ class Objective:
             loss = losses.sum() / len(batch.y) if weights is None else (losses * weights[batch.comparison]).sum()
         if ideal is None:
             return loss
-        rows = ideal.to(margins.dtype).reshape(-1, ideal.shape[-1])
+        rows = ideal.to(torch.promote_types(ideal.dtype, torch.float32)).reshape(-1, ideal.shape[-1])
         weight, bound = self.bound or (self.config.bound_weight, self.config.bound)
         return loss + weight * norm_bound(rows, bound)
 
@@ -110,8 +118,8 @@ class Objective:
         right = torch.zeros_like(loss)
         for batch in data.batches(EVALUATION_ROWS if isinstance(data, PreferenceData) else TOKEN_ROWS):
             losses, rights = self.evaluate(parameters, batch)
-            loss += losses.sum().to(loss)
-            right += rights.sum().to(loss)
+            loss += losses.to(loss).sum()
+            right += rights.to(loss).sum()
         return float(loss) / len(data), float(right) / len(data)
 
     def evaluate(
@@ -123,7 +131,7 @@ class Objective:
         """
         known = self.shape.mixtures(parameters)
         mixtures = torch.cat([known, known.mean(0, keepdim=True)])
-        margins = self.shape.margins(parameters, _pairs(batch), mixtures=mixtures[batch.user])
+        margins = exactly(self.shape.margins(parameters, _pairs(batch), mixtures=mixtures[batch.user]))
         return self._losses(margins, batch), _right(margins, batch)
 
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, final
+from typing import final
 
 import torch
-import torch.nn.functional as F
 
 from palcache.fits import Course
 from palcache.orders import epoch_order, order_seed
 from palcache.tensors import PairBatch, PreferenceData, Table
+from palcache.vector_tables import RowPlan, pad_positions, padded_distinct
 
-REPEATS: Final = 0.8
-"""On a CPU repeated rows of a batch are sought where no more than this share of its rows is expected to be distinct."""
 Dims = tuple[int | None, ...]
 
 
@@ -115,20 +112,19 @@ class StackedOrder:
         return _Vectors(self._at_hand.prompts.take(zero), torch.zeros_like(at), zero, (None, 0, None))
 
     def _vectors(self, table: Table, index: torch.Tensor) -> _Vectors:
-        """Return the vectors of references to a table, (h, r).
+        """Return the vectors of references to a table, (h, r), by the plan by which a head alone would read them.
 
-        A table that is no longer than a head's references is shared whole: its vectors are there once, and each head
-        projects as many rows as it would of its own. Of a longer table each head gets its own rows, each once where
-        repeats are likely and finding them makes no device wait.
+        A table that is read whole is shared: its vectors are there once. Distinct rows are sought on a CPU only, where it
+        makes no device wait.
         """
         m, r = len(table), index.shape[1]
-        if table.resident is not None and m <= r:
+        plan = RowPlan.of(m, r)
+        if plan is RowPlan.WHOLE and table.resident is not None:
             return _Vectors(table.resident, index, torch.arange(m, device=index.device), (None, 0, None))
-        distinct = m * -math.expm1(-r / m)  # expected of r draws
-        if index.device.type == "cpu" and distinct < REPEATS * r:
+        if plan is not RowPlan.OWN and index.device.type == "cpu":
             found = [torch.unique(row, return_inverse=True) for row in index]
-            longest = max(len(rows) for rows, _ in found)
-            names = torch.stack([F.pad(rows, (0, longest - len(rows))) for rows, _ in found])
+            longest = max(padded_distinct(m, r), *(len(rows) for rows, _ in found))
+            names = torch.stack([pad_positions(rows, longest) for rows, _ in found])
             return _Vectors(_take(table, names), torch.stack([inverse for _, inverse in found]), names, (0, 0, 0))
         return _Vectors(_take(table, index), torch.arange(r, device=index.device), index, (0, None, 0))
 

@@ -16,7 +16,7 @@ from palcache.cache import Cache
 from palcache.devices import free_memory, resolve_device
 from palcache.storage.comparison_files import StoredComparisons
 from palcache.table_spaces import find_rows, spaces_of
-from palcache.vector_tables import Table, TensorTable, VectorTable, take_distinct
+from palcache.vector_tables import Table, TensorTable, VectorTable, take_rows
 
 __all__ = [
     "MEMORY_SHARE",
@@ -198,9 +198,9 @@ class PreferenceData(ComparisonData[PairBatch]):
         Args:
             rows: row numbers on the data's device, (n,).
         """
-        prompts, prompt, prompt_names = take_distinct(self.prompts, self.prompt[rows])
+        prompts, prompt, prompt_names = take_rows(self.prompts, self.prompt[rows])
         pair = torch.cat([self.response_1[rows], self.response_2[rows]])
-        responses, response, response_names = take_distinct(self.responses, pair)
+        responses, response, response_names = take_rows(self.responses, pair)
         n = len(rows)
         return PairBatch(
             prompts,

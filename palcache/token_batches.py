@@ -22,7 +22,7 @@ from palcache.storage.comparison_files import StoredComparisons
 from palcache.table_spaces import find_rows
 from palcache.tensors import MEMORY_SHARE, ComparisonData, PairBatch, PreferenceData, on_device
 from palcache.token_states import LastStates, RaggedRows, StateRows, StreamedRows, load_rows, take_positions
-from palcache.vector_tables import Table, TensorTable, VectorTable, take_distinct
+from palcache.vector_tables import Table, TensorTable, VectorTable, take_rows
 
 
 @final
@@ -171,7 +171,7 @@ class TokenData(ComparisonData[TokenBatch]):
         if isinstance(self.prompts, RaggedRows | StreamedRows):
             prompts, prompt, prompt_names = take_positions(self.prompts, self.prompt[rows], comparison, at)
         else:
-            prompts, prompt, prompt_names = take_distinct(self.prompts, self.prompt[rows])
+            prompts, prompt, prompt_names = take_rows(self.prompts, self.prompt[rows])
         user, y = self.user[rows], self.y[rows]
         pairs = PairBatch(prompts, prompt, responses, place[:m], place[m:], user, y, prompt_names, names, comparison)
         return TokenBatch(pairs, comparison, at - first[comparison] + 1, count)

@@ -19,6 +19,7 @@ from palcache.fits import (
     FitResult,
     check_fit,
     few_threads,
+    mean_loss,
     multiply_adds,
     require_finite,
     require_finite_losses,
@@ -29,7 +30,7 @@ from palcache.heads import Head, Parameters, SolvedHead, scale
 from palcache.heads.protocols import trained_names
 from palcache.noises import Noise, noise_keys
 from palcache.objectives import Objective, TrainingData
-from palcache.optimizers import build_optimizer, rate_factor
+from palcache.optimizers import StackedOptimizer, rate_factor
 from palcache.orders import epoch_order, in_windows, kept_at_hand, order_seed
 from palcache.tensors import PairBatch, PreferenceData
 from palcache.token_batches import TokenBatch, TokenData
@@ -97,7 +98,7 @@ def fit(
         history.append(row)
         stopped = stalled(history, config)
         if on_state:
-            on_state(FitState(run.step, run.snapshot(), best, run.moments(), tuple(history)))
+            on_state(FitState(run.step, run.snapshot(), best, run.optimizer.state(0), tuple(history)))
         if on_progress:
             on_progress(FitProgress(row, run.course.steps, rate))
     best_step = min(history, key=lambda r: r.val_loss).step
@@ -146,12 +147,11 @@ class _Run:
         for name in self.trained:
             self.parameters[name].requires_grad_()
         self.course = Course.of(config, len(train))
-        trained = {name: self.parameters[name] for name in self.trained}
-        self.optimizer = build_optimizer(trained, config, train.device)
+        one = {name: self.parameters[name].detach().unsqueeze(0) for name in self.trained}
+        self.optimizer = StackedOptimizer(one, [config], self.course.steps)
         self.counts = torch.bincount(train.user, minlength=shape.users) if config.weighting == "users" else None
-        self._peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
         if state:
-            self._restore(state.moments)
+            self.optimizer.restore(state.moments, state.step)
 
     @property
     def epoch(self) -> float:
@@ -159,7 +159,7 @@ class _Run:
 
     @property
     def lr(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
+        return self.config.lr * rate_factor(self.config, self.step - 1, self.course.steps)
 
     @property
     def scale(self) -> float:
@@ -184,17 +184,15 @@ class _Run:
             losses.append(self._update(data.batch(rows), Noise(key)))
         values = torch.stack(losses)
         require_finite_losses(values, self.config, first, self.course)
-        return float(values.mean())
+        return mean_loss(values)
 
     def _update(self, batch: PairBatch | TokenBatch, noise: Noise) -> torch.Tensor:
-        factor = rate_factor(self.config, self.step, self.course.steps)
-        for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
-            group["lr"] = peak * factor
         updates = Parameters()
         loss = self.objective(self.parameters, batch, noise=noise, updates=updates, counts=self.counts)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
+        trained = [self.parameters[name] for name in self.trained]
+        found = torch.autograd.grad(loss, trained, allow_unused=True)
+        gradients = {name: None if g is None else g.unsqueeze(0) for name, g in zip(self.trained, found, strict=True)}
+        self.optimizer.step(gradients)
         self.parameters.update(updates)
         self.step += 1
         return loss.detach()
@@ -210,20 +208,6 @@ class _Run:
             batches = order.to(self.train.device).tensor_split(self.course.steps_per_epoch)
             before = sum(len(rows) for rows in batches[:skip])
             yield from in_windows(self.train, batches[skip : skip + last - self.step], before=before)
-
-    def moments(self) -> dict[str, torch.Tensor]:
-        return {
-            f"{name}/{moment}": value.detach().clone()
-            for name in self.trained
-            for moment, value in self.optimizer.state[self.parameters[name]].items()
-        }
-
-    def _restore(self, moments: Mapping[str, torch.Tensor]) -> None:
-        for key, value in moments.items():
-            name, _, moment = key.rpartition("/")
-            parameter = self.parameters[name]
-            where = "cpu" if value.dim() == 0 and parameter.device.type == "cpu" else parameter.device
-            self.optimizer.state[parameter][moment] = value.to(where).clone()
 
 
 def _copy(parameters: Mapping[str, torch.Tensor]) -> Parameters:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from enum import Enum
 from typing import Final, Protocol, final
 
 import numpy as np
@@ -13,6 +15,12 @@ from palcache.cache import Space
 from palcache.errors import NumericsError
 from palcache.storage.spaces import TORCH_DTYPES, Which
 
+WHOLE_SHARE: Final = 0.9
+"""A table is projected whole where at least this share of its rows is expected in a batch."""
+REPEATS: Final = 0.8
+"""Repeated rows of a batch are sought where no more than this share of its references is expected to be distinct."""
+ROWS: Final = 16
+"""Distinct rows are padded to multiples of this."""
 LOAD_ROWS: Final = 16_384
 """Vectors that are read, checked and moved at a time."""
 
@@ -227,12 +235,57 @@ def refuse_non_finite(vectors: torch.Tensor, space: Space, rows: torch.Tensor) -
         )
 
 
-def take_distinct(table: Table, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the vectors at `index`, where each stands among them, and their positions in the table.
+class RowPlan(Enum):
+    """Which rows of a table are read and projected for the references of a batch."""
 
-    Each is read once where repeats are likely; elsewhere finding them costs more than it saves.
+    WHOLE = "the whole table, which is hardly longer than what a batch refers to"
+    DISTINCT = "each distinct row once"
+    OWN = "a row per reference: few repeat, and finding them costs more than it saves"
+
+    @classmethod
+    def of(cls, rows: int, references: int) -> RowPlan:
+        """Return the plan of a table of some rows for some references; it depends on nothing else."""
+        if expected_distinct(rows, references) > WHOLE_SHARE * rows:
+            return cls.WHOLE
+        return cls.DISTINCT if padded_distinct(rows, references) < REPEATS * references else cls.OWN
+
+
+def expected_distinct(rows: int, references: int) -> float:
+    """Return how many of the rows so many random references name on average."""
+    return rows * -math.expm1(-references / rows)
+
+
+def padded_distinct(rows: int, references: int) -> int:
+    """Return to how many rows the distinct ones of a batch are padded: more than random references ever name.
+
+    So one number of rows goes into the sums of every batch and every head, alone or in a stack of heads, and sums over
+    rows are the same to the last bit. (The variance is at most that of independent rows: references / 4.)
     """
-    if len(table) > 8 * len(index):
+    most = expected_distinct(rows, references) + 6 * math.sqrt(min(rows, references) / 4)
+    return min(rows, references, -(-math.ceil(most) // ROWS) * ROWS)
+
+
+def take_rows(table: Table, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the vectors that references name, (m, d), where each reference stands among them, (n,), and their positions.
+
+    On a CPU distinct rows are padded by rows that no reference names.
+
+    Args:
+        table: the vectors.
+        index: references: positions in the table, (n,).
+    """
+    plan = RowPlan.of(len(table), len(index))
+    if plan is RowPlan.WHOLE and table.resident is not None:
+        return table.resident, index, torch.arange(len(table), device=index.device)
+    if plan is RowPlan.OWN:
         return table.take(index), torch.arange(len(index), device=index.device), index
     distinct, inverse = torch.unique(index, return_inverse=True)
+    if index.device.type == "cpu":
+        distinct = pad_positions(distinct, padded_distinct(len(table), len(index)))
     return table.take(distinct), inverse, distinct
+
+
+def pad_positions(positions: torch.Tensor, length: int) -> torch.Tensor:
+    """Return positions, (m,), filled up to a length with the first of them; longer ones as they are."""
+    missing = length - len(positions)
+    return torch.cat([positions, positions[:1].expand(missing)]) if missing > 0 else positions

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from palcache import fits, stacked_batches
+from palcache import fits, stacked_batches, vector_tables
 from palcache.cache import Cache
 from palcache.configs import FitConfig, HeadConfig
 from palcache.errors import InputError, NumericsError
 from palcache.fits import FitResult
 from palcache.heads import build_head
-from palcache.optimizers import StackedOptimizer, build_optimizer, rate_factor
+from palcache.optimizers import StackedOptimizer, rate_factor
 from palcache.stacks import Member, StackProgress, fit_stack
 from palcache.tensors import PreferenceData, Table, TensorTable
 from palcache.training import fit
@@ -148,7 +148,7 @@ def test_the_way_to_the_vectors_changes_nothing(prompts: int, responses: int) ->
 def test_repeated_rows_are_read_once_or_as_they_come_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     data, stack = splits(prompts=20, responses=40), members([HeadConfig(p=4)] * 4)
     once = assert_as_alone(stack, *data)
-    monkeypatch.setattr(stacked_batches, "REPEATS", 0.0)
+    monkeypatch.setattr(vector_tables, "REPEATS", 0.0)
     for result, other in zip(once, assert_as_alone(stack, *data), strict=True):
         assert result.best_step == other.best_step
 
@@ -211,7 +211,13 @@ def test_stacked_steps_are_those_of_torch(optimizer: Any) -> None:
     alone = []
     for head, config in enumerate(configs):
         own = {name: value[head].clone().requires_grad_() for name, value in start.items()}
-        single = build_optimizer(own, config, torch.device("cpu"))
+        rates = {
+            "f.0.weight": (config.lr, config.weight_decay),
+            "user.logits": (0.3, 0.0),
+            "logit_scale": (config.lr_scale, 0.0),
+        }
+        groups = [{"params": [own[name]], "lr": lr, "weight_decay": decay} for name, (lr, decay) in rates.items()]
+        single = (torch.optim.AdamW if optimizer == "adamw" else torch.optim.Adam)(groups, fused=True)
         peaks = [group["lr"] for group in single.param_groups]
         for step, gradient in enumerate(gradients):
             for group, peak in zip(single.param_groups, peaks, strict=True):

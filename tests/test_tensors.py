@@ -12,12 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palcache import tensors
+from palcache import tensors, vector_tables
 from palcache.cache import Cache
 from palcache.configs import StoredDtype
 from palcache.errors import InputError, MismatchError, NumericsError
 from palcache.storage.comparison_files import StoredComparisons
-from palcache.tensors import PreferenceData, VectorTable, load_preferences
+from palcache.tensors import PreferenceData, TensorTable, VectorTable, load_preferences
+from palcache.vector_tables import RowPlan
 from tests.worlds import KnownVectors, Row, known_vectors, make_cache
 
 PROMPTS, RESPONSES, D, USERS, N = 5, 11, 6, 4, 37
@@ -92,10 +93,40 @@ def test_a_batch_holds_the_vectors_of_its_texts(
     assert batch.prompts.dtype == batch.responses.dtype == batch.y.dtype == torch.float32
 
 
-def test_repeated_vectors_stand_once_in_a_batch(cache: Cache, load: Callable[[Cache], PreferenceData]) -> None:
-    batch = load(cache).batch(torch.tensor([5, 5, 5, 5]))
-    assert (len(batch.prompts), len(batch.responses)) == (1, 2)
-    assert batch.response_1.unique().numel() == 1  # type: ignore[no-untyped-call]
+@pytest.mark.parametrize("whole", [True, False])
+def test_repeated_vectors_stand_once_in_a_batch(
+    cache: Cache, load: Callable[[Cache], PreferenceData], monkeypatch: pytest.MonkeyPatch, *, whole: bool
+) -> None:
+    """A table that is hardly longer than what is found in it is read whole, of another each distinct row, with padding."""
+    monkeypatch.setattr(vector_tables, "WHOLE_SHARE", 0.9 if whole else 2.0)
+    monkeypatch.setattr(vector_tables, "ROWS", 1)
+    data = load(cache)
+    rows = torch.arange(len(data)).repeat(6)
+    batch = data.batch(rows)
+    for table, vectors, names, references in (
+        (data.prompts, batch.prompts, batch.prompt_names, (data.prompt, batch.prompt)),
+        (data.responses, batch.responses, batch.response_names, (data.response_1, batch.response_1)),
+    ):
+        assert names is not None
+        assert len(vectors) == len(names) == len(table), "as many rows as can be named, and each of them once"
+        assert torch.equal(vectors, table.take(names))
+        assert torch.equal(names[references[1]], references[0][rows])
+
+
+@settings(max_examples=200, deadline=None)
+@given(m=st.integers(1, 5_000), r=st.integers(1, 2_000), seed=st.integers(0, 5))
+def test_distinct_rows_are_padded_to_one_number(m: int, r: int, seed: int) -> None:
+    """What sums over rows add up does not depend on the draw, and a batch is hardly longer than it must be."""
+    padded = vector_tables.padded_distinct(m, r)
+    index = torch.randint(m, (r,), generator=torch.Generator().manual_seed(seed))
+    found = index.unique().numel()  # type: ignore[no-untyped-call]
+    assert found <= padded <= min(m, r)
+    table = TensorTable(torch.arange(float(m))[:, None])
+    vectors, place, names = vector_tables.take_rows(table, index)
+    assert torch.equal(vectors[place], index[:, None].float())
+    assert torch.equal(names[place], index)
+    expected = {RowPlan.WHOLE: m, RowPlan.DISTINCT: padded, RowPlan.OWN: r}[RowPlan.of(m, r)]
+    assert len(vectors) == len(names) == expected
 
 
 def test_large_tables_are_taken_row_by_row(tmp_path: Path) -> None:

@@ -148,13 +148,16 @@ class Projector:
         return torch.split(factors, self.p, dim=-1)
 
     def _linear(self, parameters: Mapping[str, torch.Tensor], layer: int, x: torch.Tensor) -> torch.Tensor:
+        """Return a linear layer's image: the product, and then the bias, so that a stack of heads rounds as one head does.
+
+        (A product that begins with the bias adds it before the rest of the sum.)
+        """
         weight, bias = parameters[f"{layer}.weight"], parameters.get(f"{layer}.bias")
-        if self.copies is None:
-            return F.linear(x, weight, bias)
-        if layer == 0:  # the copies share their input: one product for all of them
-            flat = F.linear(x, weight.reshape(-1, self.d), None if bias is None else bias.reshape(-1))
-            return flat.reshape(len(x), self.copies, self.p).transpose(0, 1)
-        product = torch.matmul(x, weight.transpose(-1, -2))
+        if self.copies is not None and layer == 0:  # the copies share their input: one product for all of them
+            flat = torch.matmul(x, weight.reshape(-1, self.d).transpose(-1, -2))
+            product = flat.reshape(len(x), self.copies, self.p).transpose(0, 1)
+        else:
+            product = torch.matmul(x, weight.transpose(-1, -2))
         return product if bias is None else product + bias.unsqueeze(-2)
 
     def _activate(self, x: torch.Tensor) -> torch.Tensor:

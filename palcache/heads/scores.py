@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from palcache.choices import Score
+from palcache.losses import exactly
 
 MAX_SCALE: Final = 100.0
 """The published clamp of exp(logit_scale)."""
@@ -39,7 +40,8 @@ def initial_scale() -> torch.Tensor:
 
 def scale(parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return exp(logit_scale), at most 100, ()."""
-    return parameters["logit_scale"].exp().clamp(max=MAX_SCALE)
+    logit = parameters["logit_scale"]
+    return exactly(logit).exp().to(logit.dtype).clamp(max=MAX_SCALE)
 
 
 def unit(x: torch.Tensor) -> torch.Tensor:

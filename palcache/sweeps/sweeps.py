@@ -106,8 +106,8 @@ def run_sweep(  # noqa: PLR0913 - keyword-only options
 ) -> SweepResult:
     """Train every head of a grid that is not trained yet, and return all heads of the sweep.
 
-    Each head's losses and metrics equal those of `train_run` with its options up to the rounding of float32; now and then a
-    rounding decides on which side of zero a ReLU's input falls, and they part. A head whose options cannot work, which does
+    Each head's run folder is that of `train_run` with its options, without the picture: on a CPU byte for byte where
+    `fit_stack` is exact, else up to the rounding of float32. A head whose options cannot work, which does
     not fit the memory or whose loss breaks is reported in its place, and the others go on.
 
     Args:
