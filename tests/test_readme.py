@@ -35,7 +35,8 @@ def workplace(tmp_path: Path) -> Path:
 def test_commands_run_in_order(workplace: Path) -> None:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
-    assert [shlex.split(line)[1] for line in commands] == ["embed", "embed", "cache", "cache", "train-head", "evaluate"]
+    verbs = ["embed", "embed", "cache", "cache", "train-head", "evaluate", "embed", "adapt", "users", "suggest", "lint"]
+    assert [shlex.split(line)[1] for line in commands] == verbs
     for line in commands:
         done = subprocess.run(
             shlex.split(line), cwd=workplace, env=environment, capture_output=True, text=True, check=False
