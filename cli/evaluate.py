@@ -29,6 +29,7 @@ def evaluate(
 ) -> None:
     """Evaluate a head on comparisons: accuracy with intervals, calibration, and yardsticks beside it."""
     from palcache.cache import Cache
+    from palcache.checkpoints import load_head
     from palcache.files import read_json
     from palcache.runs.folders import evaluations_to_dict
     from palcache.runs.trainings import evaluate_run_splits
@@ -47,8 +48,9 @@ def evaluate(
         print_json({"run": str(run), "seconds": seconds, **evaluations_to_dict(by_split)})
         return
     kind = read_json(run / "config.json", "a run folder (config.json)")["head"].get("head", "pal-b")
+    k = load_head(run / "head.safetensors").shape.k
     evaluations = by_split[split]
-    names = {**RULE_NAMES, "head": KINDS[kind]}
+    names = {**RULE_NAMES, "head": f"{KINDS[kind]} (k = {k})"}
     head = evaluations["head"]
     print_evaluations(describe(head, split), evaluations, names)
     if head.temperature is not None:

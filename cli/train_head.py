@@ -182,6 +182,8 @@ def _configs(
     preset: str | None, config: Path | None, shape: dict[str, Any], steps: dict[str, Any]
 ) -> tuple[HeadConfig, FitConfig]:
     """Return the shape of the head and how it is trained: a preset, over it a file, over both the command line."""
+    if preset is None and config is None:
+        return HeadConfig.from_options(**shape), FitConfig.from_options(**steps)
     stages = _stages(preset, config)
     origins = ("options", f"the preset {preset}" if preset else None, str(config) if config else None)
     origin = " and ".join(name for name in origins if name)
@@ -219,7 +221,7 @@ def _print_result(result: RunResult, run: Path, kind: str) -> None:
         return
     early = "stopped early, " if fitted.stopped_early else ""
     steps = f"{early}chose step {fitted.best_step} of {fitted.history[-1].step}"
-    say(f"{run}: trained in {result.seconds:.1f} s; {steps}")
+    say(f"{run}: the head trained in {result.seconds:.1f} s; {steps}")
 
 
 class _Reporter:

@@ -29,6 +29,8 @@ from palcache.storage.spaces import Space
 SHARDS_EACH: Final = 4
 MIN_SHARD_ROWS: Final = 256
 """Where several processes share the work: shards for each of them, and rows below which a shard is not worth its file."""
+SHARD_BYTES: Final = 160 << 10
+"""What a shard takes beside its rows: some 40 objects of HDF5, aligned to 4,096 bytes. Only plans go by it."""
 __all__ = ["EmbedProgress", "EmbedSummary", "OnProgress", "embed_comparisons", "full_spec", "plan_embedding"]
 
 _Rows = npt.NDArray[np.int64]
@@ -169,6 +171,7 @@ def plan_embedding(
         summary.hits += int(known.sum())
         summary.encoded += len(new)
         summary.new_bytes += len(new) * _row_bytes(encoder.width, config, prompt_state="prompt_state" in spec)
+        summary.new_bytes += -(-len(new) // config.shard_rows) * SHARD_BYTES
         if len(new):
             picked = new[np.linspace(0, len(new) - 1, min(sample, len(new))).astype(int)]
             window = tokenize_items(encoder, side.role, side.texts, side.prompts, picked)

@@ -13,10 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 
 from palcache.configs import EmbedConfig
 from palcache.embedding.batching import plan_batches
@@ -377,6 +379,27 @@ def test_without_a_network(models: dict[str, Path], tmp_path: Path) -> None:
     about, spec = found["acme/tiny"]
     assert about == {"model": "acme/tiny", "revision": commit}
     assert spec == load(models["prompts"]).spec("prompt")
+
+
+@pytest.mark.parametrize("error", [ConnectionError("no route"), RuntimeError("anything")])
+def test_a_hub_model_that_cannot_be_had_is_refused_before_it_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Loaders would try again for a minute; a missing config.json is for them to judge."""
+    asked: list[str] = []
+
+    def ask(url: str) -> None:
+        asked.append(url)
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_args, **_options: None)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", ask)
+    with pytest.raises(ModelError, match=r"^The model acme/missing (is not on this machine and|cannot be loaded)"):
+        loading.require_model("acme/missing", "acme/missing", "v2")
+    assert len(asked) == 1
+    assert asked[0].endswith("/acme/missing/resolve/v2/config.json")
+    error = EntryNotFoundError.__new__(EntryNotFoundError)  # some versions want a response
+    loading.require_model("acme/missing", "acme/missing", None)
 
 
 def test_folders_without_a_model_are_refused(tmp_path: Path) -> None:
