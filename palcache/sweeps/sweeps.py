@@ -20,36 +20,30 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, final
+from typing import final
 
 import torch
 
 from palcache.cache import Cache
-from palcache.checkpoints import TrainedHead, load_head
-from palcache.configs import FitConfig, HeadConfig, UnknownUsers
+from palcache.checkpoints import TrainedHead
+from palcache.configs import HeadConfig, UnknownUsers
 from palcache.devices import free_cached_memory, is_out_of_memory, parse_devices
 from palcache.errors import InputError, PalcacheError, PalcacheWarning
 from palcache.fits import Course, FitResult
 from palcache.heads import Parameters, blind_config, build_head
-from palcache.objectives import TrainingData
 from palcache.runs.folders import RunResult, begin_run, finish_run, is_complete, load_run
 from palcache.runs.inputs import RunSplit, load_splits, load_vectors, resplit
-from palcache.runs.trainings import is_blind
-from palcache.stacks import Member
 from palcache.storage.comparison_files import StoredComparisons
 from palcache.sweeps.folders import SweepHead, SweepResult, Trial, holding_sweep, open_sweep, write_results
 from palcache.sweeps.grids import Grid
 from palcache.sweeps.plans import fit_members, no_room, plan_stacks
+from palcache.sweeps.trainings import Pending, Source, Training, known_yardsticks, source_of
 from palcache.tensors import PreferenceData
 from palcache.token_batches import TokenData
 
 __all__ = ["SweepHead", "SweepProgress", "SweepResult", "run_sweep"]
-
-_DEFAULT: Final = FitConfig()
-_Source = tuple[int | None, bool, str | None]
-"""Seed of the split, whether items are joint, and of token states what they are aligned with."""
 
 
 @final
@@ -66,29 +60,6 @@ class SweepProgress:
     done: int
     heads: int
     share: float
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class _Fit:
-    """One training: of a head, of a yardstick, or of both at once."""
-
-    head: HeadConfig
-    fit: FitConfig
-    split_seed: int | None
-
-    @classmethod
-    def of(cls, trial: Trial) -> _Fit:
-        """Return the training of a head; what one prototype has no use for is left out."""
-        head, fit = trial.head, trial.fit
-        if head.k == 1 and head.head in {"pal-a", "pal-b"}:
-            head = replace(head, mixture="softmax", temperature=1.0)
-            fit = replace(fit, lr_users=_DEFAULT.lr_users)
-        return cls(head, fit, trial.split_seed)
-
-    def member(self, train: TrainingData) -> Member:
-        """Return it as a member of a stack."""
-        return Member(build_head(self.head, d=train.width, users=len(train.users)), self.fit)
 
 
 def run_sweep(  # noqa: PLR0913 - keyword-only options
@@ -165,12 +136,12 @@ class _Sweep:
         good = [trial for trial in trials if trial.error is None]
         complete = {trial.name for trial in good if is_complete(trial.path, dict(trial.about), resume=True)}
         self._results = {trial.name: load_run(trial.path) for trial in good if trial.name in complete}
-        self._pending = [_Pending.of(trial) for trial in good if trial.name not in complete]
-        self._blind = _known_yardsticks([trial for trial in good if trial.name in complete], self._pending)
-        self._sources = {_source(pending.own): pending.trial for pending in self._pending}
-        self._fitted: dict[_Fit, FitResult | PalcacheError] = {}
+        self._pending = [Pending.of(trial) for trial in good if trial.name not in complete]
+        self._blind = known_yardsticks([trial for trial in good if trial.name in complete], self._pending)
+        self._sources = {source_of(pending.own): pending.trial for pending in self._pending}
+        self._fitted: dict[Training, FitResult | PalcacheError] = {}
         self._vectors: dict[tuple[bool, str | None, str], PreferenceData | TokenData] = {}
-        self._data: dict[tuple[*_Source, str], Mapping[str, RunSplit]] = {}
+        self._data: dict[tuple[*Source, str], Mapping[str, RunSplit]] = {}
         self._heads, self._steps, self._all_steps = len(trials), [0], 1
         self._said = False
 
@@ -198,14 +169,14 @@ class _Sweep:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)  # a worker's share becomes the default of the process
 
-    def _plan(self, devices: Sequence[str], jobs: int) -> list[list[_Fit]]:
+    def _plan(self, devices: Sequence[str], jobs: int) -> list[list[Training]]:
         """Return the stacks to be trained, yardsticks first: runs are complete only with theirs."""
         device, blind = devices[0], {pending.blind for pending in self._pending} - self._blind.keys()
-        groups: dict[_Source, list[_Fit]] = {}
+        groups: dict[Source, list[Training]] = {}
         needed = [*(p.blind for p in self._pending if p.blind in blind), *(p.own for p in self._pending)]
         for fit in dict.fromkeys(needed):
-            groups.setdefault(_source(fit), []).append(fit)
-        stacks: list[list[_Fit]] = []
+            groups.setdefault(source_of(fit), []).append(fit)
+        stacks: list[list[Training]] = []
         for (seed, _, _), fits in groups.items():
             try:
                 train = self._splits(fits[0], device)["train"].data
@@ -221,9 +192,9 @@ class _Sweep:
         self._complete(device)
         return sorted(stacks, key=blind.isdisjoint)
 
-    def _splits(self, fit: _Fit, device: str) -> Mapping[str, RunSplit]:
+    def _splits(self, fit: Training, device: str) -> Mapping[str, RunSplit]:
         """Return the splits that a training needs, loaded once for each device."""
-        source = _source(fit)
+        source = source_of(fit)
         with self._lock:
             if (*source, device) not in self._data:
                 trial = self._sources[source]
@@ -235,7 +206,7 @@ class _Sweep:
                 self._data[*source, device] = load_splits(stored, vectors, self._unknown)
             return self._data[*source, device]
 
-    def _work(self, queue: deque[list[_Fit]], device: str) -> None:
+    def _work(self, queue: deque[list[Training]], device: str) -> None:
         """Train stacks until none is left."""
         while queue and not self._stopped.is_set():
             try:
@@ -292,10 +263,10 @@ class _Sweep:
                         self._on_head(self.head(pending.trial))
             self._report()
 
-    def _has_ended(self, pending: _Pending) -> bool:
+    def _has_ended(self, pending: Pending) -> bool:
         return pending.own in self._fitted and (pending.blind in self._fitted or pending.blind in self._blind)
 
-    def _ended(self, pending: _Pending) -> tuple[FitResult, Parameters] | PalcacheError:
+    def _ended(self, pending: Pending) -> tuple[FitResult, Parameters] | PalcacheError:
         """Return how a head's training went and the parameters of its yardstick, or why one of them failed."""
         own, blind = self._fitted[pending.own], self._fitted.get(pending.blind)
         if isinstance(own, PalcacheError):
@@ -304,7 +275,7 @@ class _Sweep:
             return type(blind)(f"The user-blind yardstick failed: {blind}")
         return own, self._blind[pending.blind] if blind is None else blind.parameters
 
-    def _write(self, pending: _Pending, fitted: FitResult, blind: Parameters, device: str) -> RunResult | PalcacheError:
+    def _write(self, pending: Pending, fitted: FitResult, blind: Parameters, device: str) -> RunResult | PalcacheError:
         """Write a head's run folder, or return why its evaluation does not fit the memory."""
         trial, splits = pending.trial, self._splits(pending.own, device)
         data = splits["train"].data
@@ -324,34 +295,3 @@ class _Sweep:
                 raise
         free_cached_memory()
         return no_room(pending.own.member(data), data.device)
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class _Pending:
-    """A head whose run is not written yet: its own training and that of its yardstick."""
-
-    trial: Trial
-    own: _Fit
-    blind: _Fit
-
-    @classmethod
-    def of(cls, trial: Trial) -> _Pending:
-        """Return what a head needs; a head that is blind itself is its own yardstick."""
-        own = _Fit.of(trial)
-        if is_blind(build_head(trial.head, d=trial.width, users=2), trial.head):
-            return cls(trial, own, own)
-        return cls(trial, own, _Fit.of(replace(trial, head=blind_config(trial.head))))
-
-
-def _source(fit: _Fit) -> _Source:
-    """Return what decides which data a training needs."""
-    tokens = fit.fit.prompt_alignment if fit.fit.token_weighting else None
-    return fit.split_seed, fit.head.head == "pal-a", tokens
-
-
-def _known_yardsticks(complete: Sequence[Trial], pending: Sequence[_Pending]) -> dict[_Fit, Parameters]:
-    """Return the yardsticks of complete runs that pending heads need too."""
-    needed = {one.blind for one in pending if one.blind != one.own}
-    paths = {_Pending.of(trial).blind: trial.path for trial in complete}
-    return {fit: load_head(path / "user_blind.safetensors").parameters for fit, path in paths.items() if fit in needed}
