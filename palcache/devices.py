@@ -109,18 +109,19 @@ def _left_by_limits() -> int:
     for folder, limits, held in _control_groups():
         for name in limits:
             with contextlib.suppress(OSError, KeyError, ValueError):  # v2 says `max` where there is none
-                left.append(int((folder / name).read_text()) - _table(str(folder / "memory.stat"))[held])
+                found = _table(str(folder / "memory.stat"))
+                left.append(int((folder / name).read_text()) - sum(found.get(part, 0) for part in held))
     return max(0, min(left))
 
 
-_GROUPS: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
-    "": ("/sys/fs/cgroup", ("memory.max", "memory.high"), "anon"),
-    "memory": ("/sys/fs/cgroup/memory", ("memory.limit_in_bytes",), "total_rss"),
+_GROUPS: Final[dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]]] = {
+    "": ("/sys/fs/cgroup", ("memory.max", "memory.high"), ("anon", "shmem")),
+    "memory": ("/sys/fs/cgroup/memory", ("memory.limit_in_bytes",), ("total_rss", "total_shmem")),
 }
 """Of control groups of version 2 and 1: the root, files of limits, and what the processes hold in `memory.stat`."""
 
 
-def _control_groups() -> Iterator[tuple[Path, tuple[str, ...], str]]:
+def _control_groups() -> Iterator[tuple[Path, tuple[str, ...], tuple[str, ...]]]:
     """Yield the memory groups that the process is in, up to the root: folder, files of limits, what its processes hold.
 
     A container sees its own group as the root, or the names of folders above it that it does not see.

@@ -16,6 +16,7 @@ from palcache.configs import FitConfig
 from palcache.errors import InputError, NumericsError
 from palcache.heads import Head, IdealPointHead, Parameters
 from palcache.heads.protocols import group_of
+from palcache.losses import rounded_sum
 from palcache.objectives import TrainingData
 from palcache.optimizers import rate_factor
 from palcache.token_batches import TokenData
@@ -210,8 +211,8 @@ def require_finite_losses(losses: torch.Tensor, config: FitConfig, first: int, c
 
 
 def mean_loss(losses: torch.Tensor) -> float:
-    """Return the mean of some losses, (s,), rounded once: whoever adds them up gets the same."""
-    return math.fsum(losses.tolist()) / len(losses)
+    """Return the mean of some losses, (s,), as `rounded_sum` adds them."""
+    return rounded_sum(losses) / len(losses)
 
 
 @contextmanager

@@ -66,6 +66,15 @@ class JointData(ComparisonData[JointBatch]):
         """Width of the vectors, d."""
         return self.items.width
 
+    @property
+    def streamed(self) -> bool:
+        """Vectors are read through the memory map, batch by batch."""
+        return self.items.streamed
+
+    def vector_bytes(self, n: int) -> int:
+        """Return the bytes that the vectors of n comparisons take in memory, at most."""
+        return min(2 * n, len(self.items)) * self.items.row_bytes * (1 if self.prompts is None else 2)
+
     def batch(self, rows: torch.Tensor) -> JointBatch:
         """Return some comparisons with each distinct item once.
 

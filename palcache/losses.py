@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -21,10 +22,19 @@ def exactly(values: torch.Tensor) -> torch.Tensor:
     """Return values in float64 where the device has it.
 
     Exponentials in float32 differ in the last bit with where in a tensor a value stands (in a vector of the processor, or
-    in what is left over at the end); in float64 they do too, but rounded to float32 they agree. So a head in a stack has the
+    in what is left over at the end); in float64 they do too, but rounded to float32 they agree, save once in many
+    millions. So a head in a stack has the
     gradients of the same head alone. There is one margin per comparison, so it costs next to nothing.
     """
-    return values if values.device.type == "mps" else values.double()
+    return values.float() if values.device.type == "mps" else values.double()
+
+
+def rounded_sum(values: torch.Tensor) -> float:
+    """Return the sum of some losses, (s,): the same for a head in a stack and alone, whatever threads and batches.
+
+    Each is rounded to float32 first, in which both agree, and NumPy adds them in one order.
+    """
+    return float(values.float().cpu().contiguous().numpy().sum(dtype=np.float64))
 
 
 def cross_entropy(margins: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -34,7 +44,7 @@ def cross_entropy(margins: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
     Args:
         margins: (..., n).
-        y: -1, 0 or +1, (n,), of the margins' dtype.
+        y: -1, 0 or +1, (n,).
     """
     return F.softplus(margins) - margins * ((y + 1) / 2)
 

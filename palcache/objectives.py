@@ -20,6 +20,7 @@ from palcache.losses import (
     pairwise_loss,
     position_weights,
     reduce_loss,
+    rounded_sum,
     token_losses,
     user_weights,
 )
@@ -114,13 +115,10 @@ class Objective:
         Of token data, accuracy is the mean over comparisons of the share of a span's tokens that are right, 0 for an
         empty span.
         """
-        loss = torch.zeros((), dtype=torch.float64, device=data.device if data.device.type != "mps" else "cpu")
-        right = torch.zeros_like(loss)
-        for batch in data.batches(EVALUATION_ROWS if isinstance(data, PreferenceData) else TOKEN_ROWS):
-            losses, rights = self.evaluate(parameters, batch)
-            loss += losses.to(loss).sum()
-            right += rights.to(loss).sum()
-        return float(loss) / len(data), float(right) / len(data)
+        size = EVALUATION_ROWS if isinstance(data, PreferenceData) else TOKEN_ROWS
+        found = [self.evaluate(parameters, batch) for batch in data.batches(size)]
+        loss, right = (rounded_sum(torch.cat(parts)) / len(data) for parts in zip(*found, strict=True))
+        return loss, right
 
     def evaluate(
         self, parameters: Mapping[str, torch.Tensor], batch: PairBatch | TokenBatch

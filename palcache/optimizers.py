@@ -166,7 +166,7 @@ class _Rows:
 
     def write(self) -> None:
         """Bring the parameter up to date with its rows."""
-        if self.values.shape[1] != self.parameter[0].numel():
+        if self.values.data_ptr() != self.parameter.data_ptr():
             self.parameter.copy_(self.unpadded(self.values))
 
 

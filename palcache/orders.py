@@ -43,7 +43,7 @@ def in_windows(data: Data, batches: Sequence[torch.Tensor], *, before: int = 0) 
         batches: their rows, in the order of an epoch.
         before: comparisons of the epoch before the first batch.
     """
-    if data.window is None:
+    if data.window is None or not data.streamed:
         yield from ((data, rows) for rows in batches)
         return
     groups: dict[int, list[torch.Tensor]] = {}
@@ -57,6 +57,6 @@ def in_windows(data: Data, batches: Sequence[torch.Tensor], *, before: int = 0) 
 
 def kept_at_hand(data: Data) -> Data:
     """Return streamed comparisons with their vectors in memory where that has room, for what is read again and again."""
-    if data.window is None or data.vector_bytes(len(data)) > MEMORY_SHARE * free_memory(data.device):
+    if not data.streamed or data.vector_bytes(len(data)) > MEMORY_SHARE * free_memory(data.device):
         return data
     return data.gathered(torch.arange(len(data), device=data.device))

@@ -64,6 +64,7 @@ class StackedOrder:
         self._train, self._seeds, self._course = train, list(seeds), course
         self._epoch, self._window = -1, (-1, -1)
         self._batches: tuple[torch.Tensor, ...] = ()
+        self._starts: list[int] = []
         self._at_hand = train
 
     def take(self, heads: Sequence[int]) -> None:
@@ -78,18 +79,18 @@ class StackedOrder:
             orders = [epoch_order(n, order_seed(seed, epoch), window=window) for seed in self._seeds]
             stacked = torch.stack(orders).to(self._train.device)
             self._epoch, self._batches = epoch, stacked.tensor_split(self._course.steps_per_epoch, dim=1)
+            self._starts = [0, *itertools.accumulate(rows.shape[1] for rows in self._batches)][:-1]
         self._read_ahead(number)
         return self._gather(self._batches[number])
 
     def _read_ahead(self, number: int) -> None:
         """Have the vectors of the window that a batch of the epoch begins in at hand."""
         length = self._train.window
-        if length is None or len(set(self._seeds)) > 1:
+        if length is None or not self._train.streamed or len(set(self._seeds)) > 1:
             return
-        starts = [0, *itertools.accumulate(rows.shape[1] for rows in self._batches)]
-        window = starts[number] // length
+        window = self._starts[number] // length
         if self._window != (self._epoch, window):
-            ahead = [rows[0] for rows, at in zip(self._batches, starts, strict=False) if at // length == window]
+            ahead = [rows[0] for rows, at in zip(self._batches, self._starts, strict=True) if at // length == window]
             self._at_hand, self._window = self._train.gathered(torch.cat(ahead)), (self._epoch, window)
 
     def _gather(self, at: torch.Tensor) -> StackedBatch:

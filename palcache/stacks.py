@@ -209,20 +209,18 @@ class _Stack:
     @torch.no_grad()
     def evaluate(self, val: PreferenceData, losses: torch.Tensor) -> list[HistoryRow | NumericsError]:
         """Return what is known of each head after a segment of some losses, (s, h)."""
-        where = val.device if val.device.type != "mps" else "cpu"
-        sums = torch.zeros(2, len(self.alive), dtype=torch.float64, device=where)
+        parts: list[torch.Tensor] = []
         for batch in val.batches(self._evaluation_rows()):
             shared = StackedBatch.shared(batch)
 
             def one(
                 parameters: Parameters, numbers: Mapping[str, torch.Tensor], *values: torch.Tensor
             ) -> tuple[torch.Tensor, torch.Tensor]:
-                found = self.numbers.objective(numbers)[0].evaluate(parameters, PairBatch(*values))
-                return found[0].sum(), found[1].sum()
+                return self.numbers.objective(numbers)[0].evaluate(parameters, PairBatch(*values))
 
             mapped = vmap(one, in_dims=(0, 0, *shared.dims))
-            sums += torch.stack(mapped(self.parameters, self.numbers.values, *shared.values)).to(sums)
-        val_loss, accuracy = (sums / len(val)).tolist()
+            parts.append(torch.stack(mapped(self.parameters, self.numbers.values, *shared.values)).float())
+        val_loss, accuracy = ([mean_loss(row) for row in rows] for rows in torch.cat(parts, dim=2).cpu())
         scales = scale(self.parameters).tolist() if "logit_scale" in self.parameters else [1.0] * len(self.alive)
         first, columns = self.step - len(losses), losses.T.contiguous().cpu()
         means = [mean_loss(column) for column in columns]

@@ -35,7 +35,9 @@ MEMORY_SHARE: Final = 0.4
 
 WINDOW: Final = 16_384
 WINDOW_BYTES: Final = 64 << 20
-"""Comparisons whose streamed vectors are read at a time, at most, and bytes of these vectors."""
+"""Comparisons of a window, and bytes of its vectors, at most."""
+LARGE_BYTES: Final = 1 << 30
+"""With more bytes of vectors than this, comparisons are mixed window by window."""
 
 
 @final
@@ -94,6 +96,11 @@ class ComparisonData(ABC, Generic[Batch_co]):
         return len(self.y)
 
     @property
+    @abstractmethod
+    def streamed(self) -> bool:
+        """Vectors are read through the memory map, batch by batch."""
+
+    @property
     def device(self) -> torch.device:
         """Where batches are."""
         return self.y.device
@@ -113,13 +120,17 @@ class ComparisonData(ABC, Generic[Batch_co]):
 
     @property
     def window(self) -> int | None:
-        """Comparisons whose vectors are read at a time where they are streamed; None where they are in memory."""
-        return None
+        """Comparisons that are mixed, and whose vectors are read, at a time; None where vectors are few: then all are.
 
+        It depends on the comparisons alone and not on whether their vectors are streamed, so that the same seed gives the
+        same order on every machine.
+        """
+        size = self.vector_bytes(len(self))
+        return max(1, min(WINDOW, WINDOW_BYTES * len(self) // size)) if size > LARGE_BYTES else None
+
+    @abstractmethod
     def vector_bytes(self, n: int) -> int:
         """Return the bytes that the vectors of n comparisons take in memory, at most."""
-        del n
-        return 0
 
     def gathered(self, rows: torch.Tensor) -> Self:
         """Return the same comparisons with the vectors of some of them, (n,), in memory: others may not be asked for."""
@@ -176,11 +187,6 @@ class PreferenceData(ComparisonData[PairBatch]):
     def streamed(self) -> bool:
         """Vectors are read through the memory map, batch by batch."""
         return self.prompts.streamed or self.responses.streamed
-
-    @property
-    def window(self) -> int | None:
-        """Comparisons whose vectors are read at a time where they are streamed; None where they are in memory."""
-        return max(1, min(WINDOW, WINDOW_BYTES // self.vector_bytes(1))) if self.streamed else None
 
     def vector_bytes(self, n: int) -> int:
         """Return the bytes that the vectors of n comparisons take in memory, at most."""

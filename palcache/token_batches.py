@@ -136,6 +136,11 @@ class TokenData(ComparisonData[TokenBatch]):
         """States are read batch by batch."""
         return self.responses.streamed or self.prompts.streamed
 
+    def vector_bytes(self, n: int) -> int:
+        """Return the bytes that the states of n comparisons take on average."""
+        sides = [(self.responses, 2), *([] if self.joint else [(self.prompts, 1)])]
+        return round(n * sum(times * _states_per_row(table) * table.row_bytes for table, times in sides))
+
     @property
     def alignment(self) -> PromptAlignment:
         """What a response's position meets: the prompt's vector, or the prompt's state at the same position."""
@@ -175,6 +180,10 @@ class TokenData(ComparisonData[TokenBatch]):
         user, y = self.user[rows], self.y[rows]
         pairs = PairBatch(prompts, prompt, responses, place[:m], place[m:], user, y, prompt_names, names, comparison)
         return TokenBatch(pairs, comparison, at - first[comparison] + 1, count)
+
+
+def _states_per_row(table: Table | StateRows) -> float:
+    return float(table.lengths.float().mean()) if isinstance(table, RaggedRows | StreamedRows) else 1.0
 
 
 def load_tokens(

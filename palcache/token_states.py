@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from palcache.cache import Space
+from palcache.storage.spaces import TORCH_DTYPES
 from palcache.vector_tables import Table, refuse_non_finite
 
 TOKEN_BITS: Final = 24
@@ -42,6 +43,11 @@ class RaggedRows:
     def streamed(self) -> bool:
         """The states are in memory."""
         return False
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a state."""
+        return self.width * self.values.element_size()
 
     @property
     def lengths(self) -> torch.Tensor:
@@ -77,6 +83,11 @@ class StreamedRows:
         """States are read batch by batch."""
         return True
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a state in its stored type."""
+        return self.width * TORCH_DTYPES[self._space.dtype].itemsize
+
     def read(self, rows: torch.Tensor, first: torch.Tensor, stop: torch.Tensor) -> torch.Tensor:
         """Return the states of tokens [first, stop) of some rows, one row after the other, (s, d).
 
@@ -84,7 +95,7 @@ class StreamedRows:
             NumericsError: a state is not finite.
         """
         at = self._rows[rows.cpu()]
-        values, offsets = self._space.tokens(at, first=first.cpu(), stop=stop.cpu())
+        values, offsets = self._space.tokens(at, first=first.cpu(), stop=stop.cpu(), ahead=True)
         refuse_non_finite(values, self._space, torch.repeat_interleave(at, offsets.diff()))
         return values.to(self._device)
 

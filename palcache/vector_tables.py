@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from enum import Enum
@@ -77,7 +78,7 @@ class VectorTable:
     ) -> None:
         self.width, self.device, self._which = space.width, device, which
         self._space, self._rows = space, torch.from_numpy(rows)
-        self._resident = self._load() if resident else None
+        self._resident = self._read_all(self._rows, torch.float32) if resident else None
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -114,13 +115,19 @@ class VectorTable:
         if self._resident is not None:
             return self
         rows = torch.unique(self._rows[index.cpu()])
-        return GatheredTable(self._rows.to(self.device), rows.to(self.device), self._read(rows))
+        stored = TORCH_DTYPES[self._space.dtype]
+        return GatheredTable(self._rows_there, rows.to(self.device), self._read_all(rows, stored))
 
-    def _load(self) -> torch.Tensor:
-        """Return all vectors on the device, (m, d) float32, with no more than a few of them anywhere else."""
-        out = torch.empty(len(self._rows), self.width, device=self.device)
-        for rows, part in zip(torch.split(self._rows, LOAD_ROWS), torch.split(out, LOAD_ROWS), strict=True):
-            part.copy_(self._read(rows))
+    @functools.cached_property
+    def _rows_there(self) -> torch.Tensor:
+        """The rows of all positions, on the device."""
+        return self._rows.to(self.device)
+
+    def _read_all(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return vectors by their row in the space, (m, d) on the device, with no more than a few of them elsewhere."""
+        out = torch.empty(len(rows), self.width, dtype=dtype, device=self.device)
+        for some, part in zip(torch.split(rows, LOAD_ROWS), torch.split(out, LOAD_ROWS), strict=True):
+            part.copy_(self._read(some))
         return out
 
     def _read(self, rows: torch.Tensor) -> torch.Tensor:
@@ -170,7 +177,11 @@ class GatheredTable:
 
     def take(self, index: torch.Tensor) -> torch.Tensor:
         """Return vectors by their position in the table, (n,) -> (n, d) float32; each must have been gathered."""
-        return torch.index_select(self.vectors, 0, torch.searchsorted(self.held, self.rows[index])).float()
+        wanted = self.rows[index]
+        found = torch.searchsorted(self.held, wanted)
+        if wanted.device.type == "cpu" and not torch.equal(self.held[found.clamp(max=len(self.held) - 1)], wanted):
+            raise IndexError("Got a position whose vector was not gathered; gather all that a batch refers to.")
+        return torch.index_select(self.vectors, 0, found).float()
 
     def gathered(self, index: torch.Tensor) -> Table:
         """Return this table: what is asked for must be held."""
@@ -252,14 +263,15 @@ class RowPlan(Enum):
 
 def expected_distinct(rows: int, references: int) -> float:
     """Return how many of the rows so many random references name on average."""
-    return rows * -math.expm1(-references / rows)
+    return rows * -math.expm1(-references / rows) if rows else 0.0
 
 
 def padded_distinct(rows: int, references: int) -> int:
-    """Return to how many rows the distinct ones of a batch are padded: more than random references ever name.
+    """Return to how many rows the distinct ones of a batch are padded: more than random references name.
 
     So one number of rows goes into the sums of every batch and every head, alone or in a stack of heads, and sums over
-    rows are the same to the last bit. (The variance is at most that of independent rows: references / 4.)
+    rows are the same to the last bit. (Six deviations above the mean; the variance is at most that of independent rows,
+    references / 4. A batch that names more, as one drawn without replacement may, is not cut.)
     """
     most = expected_distinct(rows, references) + 6 * math.sqrt(min(rows, references) / 4)
     return min(rows, references, -(-math.ceil(most) // ROWS) * ROWS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +13,7 @@ from palcache.configs import FitConfig, HeadConfig
 from palcache.errors import InputError, NumericsError
 from palcache.heads import IdealPointHead, build_head
 from palcache.heads.projectors import is_buffer
-from palcache.heads.protocols import group_of
 from palcache.objectives import Objective
-from palcache.optimizers import StackedOptimizer, rate_factor
 from palcache.tensors import TensorTable
 from palcache.training import FitState, fit, validate
 from tests.building import all_pairs, all_tokens, generator, make_data, make_token_data
@@ -26,50 +23,6 @@ SMALL: dict[str, Any] = {"k": 2, "p": 4, "projector": "mlp1-relu-dropout0"}
 
 def shape_of(d: int = 7, users: int = 5, **options: Any) -> Any:
     return build_head(HeadConfig(**(SMALL | options)), d=d, users=users)
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-def test_schedules_rise_and_fall(schedule: Any) -> None:
-    config = FitConfig(schedule=schedule, warmup=0.2)
-    factors = [rate_factor(config, step, 50) for step in range(50)]
-    assert factors[0] == pytest.approx(0.1, rel=0.01)
-    assert all(a < b for a, b in zip(factors[:9], factors[1:10], strict=True)), "the warmup is used"
-    later = {"cosine": 0.5 * (1 + math.cos(math.pi * 0.6)), "linear": 0.4, "constant": 1.0}[schedule]
-    assert factors[30] == pytest.approx(later)
-    assert rate_factor(FitConfig(schedule=schedule, warmup=0.0), 0, 50) == 1
-
-
-def step_of(config: FitConfig, parameters: dict[str, torch.Tensor], gradient: float) -> dict[str, torch.Tensor]:
-    """Return how far a first step moves the parameters of one head, down the gradient."""
-    before = {name: value.clone() for name, value in parameters.items()}
-    stacked = {name: value.unsqueeze(0) for name, value in parameters.items()}
-    optimizer = StackedOptimizer(stacked, [replace(config, warmup=0.0)], 10)
-    optimizer.step({name: torch.full_like(value, gradient) for name, value in stacked.items()})
-    return {name: before[name] - value for name, value in parameters.items()}
-
-
-def test_learning_rates_by_group() -> None:
-    """A first step of Adam moves every number by its learning rate, and only projectors decay."""
-    shape = shape_of(head="pal-a", score="angle")
-    config = FitConfig(lr=1e-4, lr_users=2e-3, lr_prototypes=3e-3, lr_scale=0.1, weight_decay=0.0, optimizer="adam")
-    rates = {"projectors": 1e-4, "users": 2e-3, "prototypes": 3e-3, "scale": 0.1}
-    parameters = shape.initial(generator(0))
-    assert {group_of(name) for name in parameters} == rates.keys()
-    for name, moved in step_of(config, shape.initial(generator(0)), 1.0).items():
-        torch.testing.assert_close(moved, torch.full_like(moved, rates[group_of(name)]), rtol=1e-3, atol=1e-7)
-    decayed = step_of(replace(config, optimizer="adamw", weight_decay=0.5), shape.initial(generator(0)), 0.0)
-    for name, moved in decayed.items():
-        expected = 0.5 * 1e-4 * parameters[name] if group_of(name) == "projectors" else torch.zeros_like(moved)
-        torch.testing.assert_close(moved, expected, rtol=1e-2, atol=1e-7)
-
-
-def test_coupled_decay_is_not_decoupled() -> None:
-    """Adam adds the decay to the gradient: beside a zero gradient it moves by the learning rate, AdamW by lr times decay."""
-    moved = {}
-    for kind in ("adam", "adamw"):
-        config = FitConfig(optimizer=kind, lr=0.1, weight_decay=0.01)
-        moved[kind] = float(step_of(config, {"f.0.weight": torch.full((3,), 2.0)}, 0.0)["f.0.weight"][0])
-    assert moved == {"adam": pytest.approx(0.1, rel=1e-3), "adamw": pytest.approx(0.002, rel=1e-3)}
 
 
 def test_every_user_counts_the_same() -> None:

@@ -9,17 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from palcache import fits, stacked_batches, vector_tables
+from palcache import fits, stacked_batches, stacks, vector_tables
 from palcache.cache import Cache
 from palcache.configs import FitConfig, HeadConfig
 from palcache.errors import InputError, NumericsError
 from palcache.fits import FitResult
 from palcache.heads import build_head
-from palcache.optimizers import StackedOptimizer, rate_factor
 from palcache.stacks import Member, StackProgress, fit_stack
 from palcache.tensors import PreferenceData, Table, TensorTable
 from palcache.training import fit
-from tests.building import generator, make_data
+from tests.building import make_data
 from tests.worlds import make_cache, planted_rows, splits_of
 
 USERS, WIDTH = 5, 7
@@ -132,6 +131,13 @@ def test_what_changes_shapes_or_steps_makes_another_stack(head: dict[str, Any], 
     assert one.kind(120) != other.kind(120)
 
 
+def test_validation_in_other_pieces_gives_the_same_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack, data = members([HeadConfig(p=4)] * 4), splits()
+    expected = [result.history for result in fit_stack(stack, *data) if isinstance(result, FitResult)]
+    monkeypatch.setattr(stacks, "EVALUATION_VALUES", 1)
+    assert [result.history for result in fit_stack(stack, *data) if isinstance(result, FitResult)] == expected
+
+
 def test_adam_with_coupled_decay_is_stacked_too() -> None:
     assert_as_alone(members([HeadConfig(p=4)] * 4, tuple(replace(c, optimizer="adam") for c in VARIED)), *splits())
 
@@ -196,48 +202,6 @@ def test_users_that_do_not_fit_are_refused() -> None:
     train, val = splits()
     with pytest.raises(InputError, match="numbered for 4 users, the head for 5"):
         fit_stack(members([HeadConfig(p=4)] * 4), train, replace(val, users=val.users[:4]))
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "adam"])
-def test_stacked_steps_are_those_of_torch(optimizer: Any) -> None:
-    """Heads with rates of their own, one of them leaving half way, against torch's optimizer on each alone."""
-    configs = [
-        FitConfig(optimizer=optimizer, lr=0.1 / (i + 1), weight_decay=0.2 * (i // 2), lr_users=0.3) for i in range(4)
-    ]
-    shapes = {"f.0.weight": (3, 2), "user.logits": (5, 2), "logit_scale": ()}
-    g = generator(3)
-    start = {name: torch.randn(4, *shape, generator=g) for name, shape in shapes.items()}
-    gradients = [{name: torch.randn(4, *shape, generator=g) for name, shape in shapes.items()} for _ in range(6)]
-    alone = []
-    for head, config in enumerate(configs):
-        own = {name: value[head].clone().requires_grad_() for name, value in start.items()}
-        rates = {
-            "f.0.weight": (config.lr, config.weight_decay),
-            "user.logits": (0.3, 0.0),
-            "logit_scale": (config.lr_scale, 0.0),
-        }
-        groups = [{"params": [own[name]], "lr": lr, "weight_decay": decay} for name, (lr, decay) in rates.items()]
-        single = (torch.optim.AdamW if optimizer == "adamw" else torch.optim.Adam)(groups, fused=True)
-        peaks = [group["lr"] for group in single.param_groups]
-        for step, gradient in enumerate(gradients):
-            for group, peak in zip(single.param_groups, peaks, strict=True):
-                group["lr"] = peak * rate_factor(config, step, 10)
-            for name, value in own.items():
-                value.grad = gradient[name][head].clone()
-            single.step()
-        alone.append(own)
-    values = {name: value.clone() for name, value in start.items()}
-    stacked, kept = StackedOptimizer(values, configs, 10), torch.arange(4)
-    for step, gradient in enumerate(gradients):
-        if step == 3:
-            kept = torch.tensor([0, 2, 3])
-            values = {name: value[kept] for name, value in values.items()}
-            stacked.take(kept, values)
-        turned = {name: value[kept].transpose(0, -1).contiguous().transpose(0, -1) for name, value in gradient.items()}
-        stacked.step(turned)
-    for at, head in enumerate(kept.tolist()):
-        for name, value in alone[head].items():
-            torch.testing.assert_close(values[name][at], value.detach(), atol=1e-6, rtol=1e-6)
 
 
 def test_a_stack_uses_as_many_threads_as_it_keeps_busy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,7 @@ from palcache.cache import Cache
 from palcache.configs import StoredDtype
 from palcache.errors import InputError, MismatchError, NumericsError
 from palcache.storage.comparison_files import StoredComparisons
-from palcache.tensors import PreferenceData, TensorTable, VectorTable, load_preferences
-from palcache.vector_tables import RowPlan
+from palcache.tensors import PreferenceData, VectorTable, load_preferences
 from tests.worlds import KnownVectors, Row, known_vectors, make_cache
 
 PROMPTS, RESPONSES, D, USERS, N = 5, 11, 6, 4, 37
@@ -111,22 +110,6 @@ def test_repeated_vectors_stand_once_in_a_batch(
         assert len(vectors) == len(names) == len(table), "as many rows as can be named, and each of them once"
         assert torch.equal(vectors, table.take(names))
         assert torch.equal(names[references[1]], references[0][rows])
-
-
-@settings(max_examples=200, deadline=None)
-@given(m=st.integers(1, 5_000), r=st.integers(1, 2_000), seed=st.integers(0, 5))
-def test_distinct_rows_are_padded_to_one_number(m: int, r: int, seed: int) -> None:
-    """What sums over rows add up does not depend on the draw, and a batch is hardly longer than it must be."""
-    padded = vector_tables.padded_distinct(m, r)
-    index = torch.randint(m, (r,), generator=torch.Generator().manual_seed(seed))
-    found = index.unique().numel()  # type: ignore[no-untyped-call]
-    assert found <= padded <= min(m, r)
-    table = TensorTable(torch.arange(float(m))[:, None])
-    vectors, place, names = vector_tables.take_rows(table, index)
-    assert torch.equal(vectors[place], index[:, None].float())
-    assert torch.equal(names[place], index)
-    expected = {RowPlan.WHOLE: m, RowPlan.DISTINCT: padded, RowPlan.OWN: r}[RowPlan.of(m, r)]
-    assert len(vectors) == len(names) == expected
 
 
 def test_large_tables_are_taken_row_by_row(tmp_path: Path) -> None:

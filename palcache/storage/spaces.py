@@ -154,6 +154,7 @@ class Space:
         *,
         first: torch.Tensor | None = None,
         stop: torch.Tensor | None = None,
+        ahead: bool = False,
         device: str | torch.device = "cpu",
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the kept token states of some rows, row after row: (T, d) values and (n + 1,) int64 offsets.
@@ -165,6 +166,7 @@ class Space:
             indices: row numbers, (n,).
             first: of each row the first token wanted, (n,) int64; None for the first of all.
             stop: of each row the token after the last wanted, (n,) int64; None for all.
+            ahead: let the system read what is asked for in one go, for rows far apart on a disk.
             device: where to.
 
         Raises:
@@ -172,6 +174,8 @@ class Space:
             CacheError: the space keeps no token states.
         """
         places, offsets = self._token_places(self._checked(indices), first, stop)
+        if ahead and self.shards:
+            self._mapped(TOKENS, self._token_bases).read_ahead(places)
         return self._gather(TOKENS, places, self._token_bases).to(device), offsets.to(device)
 
     def token_ids(self, indices: npt.NDArray[Any] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

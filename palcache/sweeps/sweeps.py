@@ -20,7 +20,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
 
@@ -33,6 +33,7 @@ from palcache.devices import free_cached_memory, is_out_of_memory, parse_devices
 from palcache.errors import InputError, PalcacheError, PalcacheWarning
 from palcache.fits import Course, FitResult
 from palcache.heads import Parameters, blind_config, build_head
+from palcache.orders import kept_at_hand
 from palcache.runs.folders import RunResult, begin_run, finish_run, is_complete, load_run
 from palcache.runs.inputs import RunSplit, load_splits, load_vectors, resplit
 from palcache.storage.comparison_files import StoredComparisons
@@ -203,7 +204,9 @@ class _Sweep:
                     spaces = trial.about["spaces"]
                     self._vectors[kind] = load_vectors(self._cache, self._stored, spaces, device, trial.fit)
                 stored, vectors = resplit(self._stored, trial.split), self._vectors[kind]
-                self._data[*source, device] = load_splits(stored, vectors, self._unknown)
+                splits = load_splits(stored, vectors, self._unknown)
+                val = replace(splits["val"], data=kept_at_hand(splits["val"].data))  # once for all stacks
+                self._data[*source, device] = {**splits, "val": val}
             return self._data[*source, device]
 
     def _work(self, queue: deque[list[Training]], device: str) -> None:

@@ -18,7 +18,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from palcache.configs import EmbedConfig
 from palcache.embedding.batching import plan_batches
@@ -400,6 +406,46 @@ def test_a_hub_model_that_cannot_be_had_is_refused_before_it_is_loaded(
     assert asked[0].endswith("/acme/missing/resolve/v2/config.json")
     error = EntryNotFoundError.__new__(EntryNotFoundError)  # some versions want a response
     loading.require_model("acme/missing", "acme/missing", None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "message"),
+    [
+        (
+            RepositoryNotFoundError,
+            401,
+            "The hub has no model acme/missing that you may read; check the id, or log in with",
+        ),
+        (GatedRepoError, 403, "The hub has no model acme/missing that you may read; check the id, or log in with"),
+        (RevisionNotFoundError, 404, "The hub's model acme/missing has no such revision; check --revision"),
+        (
+            HfHubHTTPError,
+            503,
+            "The hub answered 503 for the model acme/missing; try again later, or give a folder with",
+        ),
+    ],
+)
+def test_what_the_hub_answers_is_not_called_a_missing_network(kind: type[Exception], status: int, message: str) -> None:
+    """The errors of the hub quote an address with `resolve` in it."""
+
+    class Response:
+        status_code = status
+
+    error = kind.__new__(kind)
+    error.args = (
+        f"{status} Client Error. Entry Not Found for url: https://hub/acme/missing/resolve/main/config.json.",
+    )
+    error.response = Response()  # type: ignore[attr-defined]
+    assert loading.why_not("acme/missing", "acme/missing", error).startswith(message)
+
+
+def test_a_model_in_another_folder_of_the_hub_is_found(models: dict[str, Path], tmp_path: Path) -> None:
+    """sentence-transformers has a folder of its own, SENTENCE_TRANSFORMERS_HOME."""
+    hub = tmp_path / "models--acme--tiny"
+    (hub / "refs").mkdir(parents=True)
+    (hub / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(models["prompts"], hub / "snapshots" / ("0" * 40))
+    loading.require_model("acme/tiny", "acme/tiny", None, cache_dir=str(tmp_path))
 
 
 def test_folders_without_a_model_are_refused(tmp_path: Path) -> None:

@@ -256,3 +256,18 @@ def test_names_outside_the_grammar(name: str) -> None:
 def test_options_that_do_not_go_together(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         HeadConfig(**options)
+
+
+@pytest.mark.parametrize("responses", [11, 60, 400])
+def test_batchnorm_of_bradley_terry_sees_the_references_alone(responses: int) -> None:
+    """Whether a table is read whole, with padding or by reference, no other row has a part in the statistics."""
+    data = make_data(n=50, responses=responses)
+    head = HeadConfig(head="bradley-terry", p=4, projector="mlp1-relu-dropout0-batchnorm")
+    shape = build_head(head, d=data.width, users=len(data.users))
+    parameters, updates, rows = shape.initial(generator(0)), dict[str, torch.Tensor](), torch.arange(50)
+    shape.margins(parameters, data.batch(rows), updates=updates)
+    expected = torch.zeros(4)
+    for side in (data.response_1, data.response_2):  # as published: one pass after the other
+        inner = data.responses.take(side[rows]) @ parameters["f.0.weight"].T + parameters["f.0.bias"]
+        expected = 0.9 * expected + 0.1 * inner.mean(0)
+    torch.testing.assert_close(updates["f.0.norm.mean"], expected, atol=1e-6, rtol=1e-5)
