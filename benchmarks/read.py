@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -68,10 +68,18 @@ def _profile(space: Space, drawn: npt.NDArray[np.int64]) -> str:
     maps = [torch.from_numpy(shard.dataset(POOLED)) for shard in space.shards]
     rows, inside = MappedRows(maps, np.cumsum([0, *map(len, maps)])), torch.from_numpy(drawn) % len(maps[0])
     places = [rows.places(torch.from_numpy(at)) for at in drawn]
-    parts: dict[str, Callable[[], object]] = {
-        "find their places": lambda: [rows.places(torch.from_numpy(at)) for at in drawn],
-        "gather them": lambda: [rows.at_places(at) for at in places],
-        "gather as many of the first shard": lambda: [torch.index_select(maps[0], 0, at) for at in inside],
+
+    def each(action: Callable[[torch.Tensor], object], items: Iterable[torch.Tensor]) -> None:
+        for item in items:
+            action(item)
+
+    numbers = [torch.from_numpy(at) for at in drawn]
+    parts: dict[str, Callable[[], None]] = {
+        "find their places": functools.partial(each, rows.places, numbers),
+        "gather them": functools.partial(each, rows.at_places, places),
+        "gather as many of the first shard": functools.partial(
+            each, lambda at: torch.index_select(maps[0], 0, at), inside
+        ),
     }
     timed = {name: min(clock(part) for _ in range(5)) / len(drawn) * 1e6 for name, part in parts.items()}
     return "microseconds of a batch, each part timed alone: " + ", ".join(f"{n} {v:.0f}" for n, v in timed.items())
