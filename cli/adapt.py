@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -9,7 +10,7 @@ import typer
 
 from palcache.errors import InputError
 
-from .display import print_json, print_table, progress, say
+from .display import describe_interval, print_json, print_table, progress, say
 from .failures import reports_errors
 from .options import DeviceOption, JsonOption, RunArgument, SpacesCacheOption
 
@@ -100,8 +101,8 @@ def _show(result: AdaptedRun) -> None:
         micro, gain = e.accuracy["micro"], point.gain
         rows.append(
             [str(point.shots), f"{e.users:,}", f"{point.left_out:,}", f"{micro.value:.4f}",
-             f"{micro.low:.3f} to {micro.high:.3f}", f"{e.accuracy['macro'].value:.4f}",
-             f"{gain.value:+.4f} ({gain.low:+.3f} to {gain.high:+.3f})",
+             describe_interval(micro), f"{e.accuracy['macro'].value:.4f}",
+             f"{gain.value:+.4f}" + (f" ({gain.low:+.3f} to {gain.high:+.3f})" if math.isfinite(gain.low) else ""),
              *(f"{value:.4f}" for value in (e.log_loss, e.brier, e.calibration_error) if value is not None)]
         )  # fmt: skip
     ties = result.points[0].evaluation.ties if result.points else 0
@@ -121,7 +122,7 @@ def _show(result: AdaptedRun) -> None:
         ("", "users", "accuracy", "95 % interval", "macro"),
         [
             [name, f"{e.users:,}", f"{e.accuracy['micro'].value:.4f}",
-             f"{e.accuracy['micro'].low:.3f} to {e.accuracy['micro'].high:.3f}", f"{e.accuracy['macro'].value:.4f}"]
+             describe_interval(e.accuracy["micro"]), f"{e.accuracy['macro'].value:.4f}"]
             for name, e in beside.items()
         ],
     )  # fmt: skip

@@ -14,6 +14,7 @@ import typer
 
 if TYPE_CHECKING:
     from palcache.evaluation import Evaluation
+    from palcache.metrics import Estimate
 
 LINE_SECONDS = 5.0
 UNLIMITED = 10_000
@@ -130,6 +131,11 @@ def print_evaluations(title: str, evaluations: Mapping[str, Evaluation], names: 
     print_table(title, ["", *(names.get(rule, rule) for rule in evaluations)], rows)
 
 
+def describe_interval(estimate: Estimate) -> str:
+    """Return an interval for people; a dash where there is none."""
+    return f"{estimate.low:.3f} to {estimate.high:.3f}" if math.isfinite(estimate.low) else "-"
+
+
 def _figures(evaluation: Evaluation) -> dict[str, str]:
     micro = evaluation.accuracy["micro"]
     calibration = {
@@ -139,7 +145,7 @@ def _figures(evaluation: Evaluation) -> dict[str, str]:
     }
     return {
         "accuracy": f"{micro.value:.4f}",
-        "95 % interval": f"{micro.low:.3f} to {micro.high:.3f}" if math.isfinite(micro.low) else "-",
+        "95 % interval": describe_interval(micro),
         "macro": f"{evaluation.accuracy['macro'].value:.4f}",
         "worst tenth": f"{evaluation.accuracy['worst_tenth'].value:.4f}",
         **({} if evaluation.token_accuracy is None else {"right tokens": f"{evaluation.token_accuracy:.4f}"}),

@@ -120,7 +120,10 @@ def _print_heads(result: SweepResult) -> None:
     """Print a line per head: what varies, its accuracy, and the yardsticks beside it."""
     varied = result.varied or ("k",)
     columns = ["run", *varied, "val", "test", "95 % interval", "user-blind", "longer"]
-    rows = [[head.name, *(_cell(head.params.get(name)) for name in varied), *_figures(head)] for head in result.heads]
+    rows = [
+        [head.name, *(_cell(value) for value in head.options(varied).values()), *_figures(head)]
+        for head in result.heads
+    ]
     done = len(result.heads) - len(result.failed)
     print_table(f"{done} of {len(result.heads)} heads; accuracy on val and test", columns, rows)
     say(f"{result.path / 'results.csv'} has every figure; each run is a folder in {result.path / 'runs'}")

@@ -82,8 +82,15 @@ def normalise(table: pa.Table, place: Place, *, ties: Ties = "refuse", seed: int
     else:
         y = _answers(table["y"], place)
     columns |= {name: _strings(table[name], name, place) for name in OPTIONAL if name in table.column_names}
+    if "split" in columns:
+        columns["split"] = _split_names(columns["split"])
     same = pc.equal(columns["response_1"], columns["response_2"])
     tie = pc.and_(pc.invert(same), pa.array(y == 0))
+    if pc.any(tie).as_py() and not (y < 0).any():
+        binary = "has y = 0, and no y is -1: if these are answers 0 and 1, write -1 and +1"
+        if ties == "refuse":
+            place.refuse(tie, f"{binary}; if they are ties, choose --ties drop or --ties half")
+        place.warn(tie, f"{binary} (taken as ties, as asked)")
     if ties == "refuse":
         place.refuse(tie, "has y = 0, a tie; ties are refused by default: choose --ties drop or --ties half")
     if pc.any(same).as_py():
@@ -176,6 +183,12 @@ def _strings(column: pa.ChunkedArray, name: str, place: Place) -> pa.ChunkedArra
     empty = pc.or_(pc.equal(pc.binary_length(strings), 0), pc.utf8_is_space(strings))
     place.refuse(empty, f"has an empty {name}; expected a non-empty text")
     return strings
+
+
+def _split_names(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return splits by palcache's names: other usual names of the validation split are `val`."""
+    other = pc.is_in(column, value_set=pa.array(["validation", "valid", "dev"], pa.large_string()))
+    return pc.if_else(other, pa.scalar("val", pa.large_string()), column)
 
 
 def _answers(column: pa.ChunkedArray, place: Place) -> npt.NDArray[np.int8]:

@@ -43,5 +43,5 @@ class PalcacheWarning(UserWarning):
 
 def did_you_mean(name: str, known: Sequence[str], otherwise: str) -> str:
     """Return the end of a message about an unknown name: the nearest known one, or else another sentence."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.65)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.61)
     return f"did you mean {near[0]}?" if near else otherwise

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -24,7 +26,17 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], about: Mappin
     """Replace the file at `path` by tensors, and JSON values under one entry of its metadata."""
     ready = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     metadata = None if about is None else {METADATA: canonical_json(about).decode()}
-    write_with(path, lambda temporary: save_file(ready, temporary, metadata))
+
+    def save(temporary: Path) -> None:
+        try:
+            save_file(ready, temporary, metadata)
+        except SafetensorError as error:  # names the system's error in words alone
+            found = re.search(r"os error (\d+)", str(error))
+            if found is None:
+                raise
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(temporary)) from error
+
+    write_with(path, save)
 
 
 def read_tensors(path: Path, what: str, remedy: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -157,15 +157,41 @@ def test_identical_responses_are_one_warning_per_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_ties_follow_the_policy(tmp_path: Path, ending: str) -> None:
     rows = rows_of(3)
-    rows[1]["y"] = 0
+    rows[0]["y"], rows[1]["y"] = -1, 0
     path = write(tmp_path / f"table{ending}", rows)
     unit = "line" if ending == ".jsonl" else "row"
     with pytest.raises(
         InputError, match=rf"table\{ending}, {unit} 2: has y = 0, a tie; .* --ties drop or --ties half\.$"
     ):
         read_comparisons([path])
-    assert read_comparisons([path], ties="drop").y.tolist() == [1, 1]
-    assert read_comparisons([path], ties="half").y.tolist() == [1, 0, 1]
+    assert read_comparisons([path], ties="drop").y.tolist() == [-1, 1]
+    assert read_comparisons([path], ties="half").y.tolist() == [-1, 0, 1]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_other_names_of_the_validation_split_are_read(tmp_path: Path, ending: str) -> None:
+    rows = [
+        {**row, "split": name} for row, name in zip(rows_of(4), ("train", "validation", "dev", "test"), strict=True)
+    ]
+    found = read_comparisons([write(tmp_path / f"table{ending}", rows)]).split
+    assert found is not None
+    assert [found.values.to_pylist()[code] for code in found.codes] == ["train", "val", "val", "test"]
+
+
+def test_answers_of_0_and_1_are_not_taken_for_ties(tmp_path: Path) -> None:
+    """Where they are asked to be, it is said."""
+    rows = rows_of(4)
+    for row, y in zip(rows, (1, 0, 1, 0), strict=True):
+        row["y"] = y
+    path = write(tmp_path / "table.csv", rows)
+    with pytest.raises(
+        InputError, match=r"row 2: has y = 0, and no y is -1: if these are answers 0 and 1, write -1 and"
+    ):
+        read_comparisons([path])
+    with pytest.warns(
+        PalcacheWarning, match=r"if these are answers 0 and 1, write -1 and \+1 \(taken as ties, as asked\)"
+    ):
+        assert read_comparisons([path], ties="half").y.tolist() == [1, 0, 1, 0]
 
 
 @pytest.mark.parametrize("ending", ENDINGS)

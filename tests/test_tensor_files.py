@@ -10,9 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from palcache.errors import CacheError
+from palcache import tensor_files
+from palcache.errors import CacheError, StorageError
 from palcache.tensor_files import pack_texts, read_tensors, require_format, unpack_texts, write_tensors
 
 SCRIPT = """
@@ -44,6 +46,18 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     assert {name: value.tolist() for name, value in found.items()} == {n: v.tolist() for n, v in tensors.items()}
     write_tensors(tmp_path / "x", tensors)
     assert read(tmp_path / "x")[0] == {}
+
+
+def test_what_cannot_be_written_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Safetensors tells the system's error in words."""
+
+    def fail(*_arguments: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: Permission denied (os error 13)")
+
+    monkeypatch.setattr(tensor_files, "save_file", fail)
+    with pytest.raises(StorageError, match="x"):
+        write_tensors(tmp_path / "x", {"a": torch.zeros(1)})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:

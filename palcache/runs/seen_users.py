@@ -113,7 +113,8 @@ def suggest_run(  # noqa: PLR0913 - keyword-only options
         cache: a cache with the texts.
         pool: name of a table of the cache, or a file; it needs neither `y` nor `user_id`.
         user: a user of the run, seen or adapted, or with `support` a user of that table; None is someone new.
-        support: a table or file of what the user has answered; those pairs are not suggested again.
+        support: a table or file of what the user has answered; those pairs are not suggested again, nor are those of
+            the pool's own rows of the user where there is none.
         count: how many.
         seed: of the draws from the user's posterior.
         device: where.
@@ -133,7 +134,7 @@ def suggest_run(  # noqa: PLR0913 - keyword-only options
         known = _known(path, user, population.prior, head)
     else:
         known = maximum_a_posteriori(answered.reduce().calibrated(population.noise), population.prior)
-    rows = _unasked(opened.comparisons, answered.comparisons if answered else None)
+    rows = _unasked(opened.comparisons, answered.comparisons if answered else _of_user(opened.comparisons, user))
     if not len(rows):
         raise InputError(f"Every pair of {opened.name} has been answered already; give a larger pool.")
     reduced = opened.reduce().calibrated(population.noise)
@@ -178,6 +179,12 @@ def _known(path: Path, user: str | None, prior: Gaussian, head: TrainedHead) -> 
         f"The run {path} does not know the user {user!r}; give the user's answers with --support, or leave out --user to "
         "ask someone new."
     )
+
+
+def _of_user(pool: Comparisons, user: str | None) -> Comparisons | None:
+    """Return what a user has answered in the pool itself; None for nothing."""
+    names: list[str] = pool.users.values.to_pylist()
+    return pool.take(np.flatnonzero(pool.users.codes == names.index(user))) if user in names else None
 
 
 def _unasked(pool: Comparisons, answered: Comparisons | None) -> npt.NDArray[np.int64]:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 
 from palcache.cache import Cache
 from palcache.checkpoints import TrainedHead, load_head, read_state, save_head, write_state
 from palcache.configs import FitConfig, HeadConfig, SplitConfig, UnknownUsers
-from palcache.errors import InputError, MismatchError, NumericsError
+from palcache.errors import InputError, MismatchError, NumericsError, PalcacheWarning
 from palcache.evaluation import Evaluation, known_rows
 from palcache.heads import Head, blind_config, build_head
 from palcache.runs.folders import (
@@ -38,6 +39,7 @@ from palcache.runs.inputs import (
     spaces_for,
     split_rows,
 )
+from palcache.storage.comparison_files import StoredComparisons
 from palcache.training import FitProgress, FitResult, FitState, fit
 from palcache.users.user_files import ADAPTED, UserTable, load_users
 
@@ -216,6 +218,31 @@ def evaluate_run_splits(
     return {split or "all": evaluate_rules(head, blind, chosen, val), **beside}
 
 
+def _warn_of_another_table(path: Path, stored: StoredComparisons, own: Mapping[str, Any]) -> None:
+    """Say where a run is evaluated on another table than it was trained on, by whose split nothing was held back."""
+    same = stored.name == own["name"]
+    what = "has other comparisons or another split than when" if same else f"is not the table {own['name']} on which"
+    warnings.warn(
+        f"The table {stored.name} {what} {path} was trained: where they share comparisons, some of those evaluated may have "
+        "been trained on.",
+        PalcacheWarning,
+        stacklevel=4,
+    )
+
+
+def _warn_of_support(path: Path, stored: StoredComparisons, adapted: UserTable | None) -> None:
+    """Say where users of a table were added to a run, adapted to comparisons that may be among those evaluated."""
+    known = set(adapted.users) if adapted else set()
+    added = [name for name in stored.comparisons.users.values.to_pylist() if name in known]
+    if added:
+        warnings.warn(
+            f"{len(added)} users of the table {stored.name} ({added[0]}, ...) were added to {path} by palcache adapt "
+            "--save-users, on comparisons that may be among those evaluated; the curve of palcache adapt keeps them apart.",
+            PalcacheWarning,
+            stacklevel=4,
+        )
+
+
 def _open_evaluation(
     path: Path, cache: Cache, comparisons: str | None, split: str | None, device: str, unknown_users: UnknownUsers
 ) -> tuple[TrainedHead, TrainedHead | None, RunSplit, RunSplit | None]:
@@ -236,6 +263,9 @@ def _open_evaluation(
         fit_config = FitConfig.from_mapping(config["fit"], origin=str(path / "config.json"))
         spaces = own_spaces(path, config, stored, cache)
     own_table = not imported and stored.fingerprint == config["table"]["fingerprint"]
+    if not imported and not own_table:
+        _warn_of_another_table(path, stored, config["table"])
+    _warn_of_support(path, stored, adapted)
     if own_table and "split" in config:
         stored = resplit(stored, SplitConfig.from_mapping(config["split"], origin=str(path / "config.json")))
     data = load_vectors(cache, stored, spaces, device, fit_config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -94,6 +95,11 @@ class SweepHead:
             return {**about, "error": self.error}
         return {**about, "seconds": self.seconds, **evaluations_to_dict(self.run.evaluations)}
 
+    def options(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return some options of the head, those not asked for at their defaults."""
+        defaults = {**dataclasses.asdict(HeadConfig()), **dataclasses.asdict(FitConfig())}
+        return {name: self.params.get(name, defaults.get(name)) for name in names}
+
     def figures(self) -> dict[str, float | int | str | None]:
         """Return the numbers of a line of the table; none of a head that failed."""
         if self.run is None:
@@ -137,7 +143,8 @@ class SweepResult:
     def varied(self) -> tuple[str, ...]:
         """Options in which the heads differ."""
         names = dict.fromkeys(name for head in self.heads for name in head.params)
-        return tuple(name for name in names if len({repr(head.params.get(name)) for head in self.heads}) > 1)
+        each = [head.options(tuple(names)) for head in self.heads]
+        return tuple(name for name in names if len({repr(options[name]) for options in each}) > 1)
 
     @property
     def failed(self) -> tuple[SweepHead, ...]:
@@ -292,7 +299,7 @@ def write_results(path: Path, heads: Sequence[SweepHead]) -> SweepResult:
     """Write `results.csv` of a sweep's heads: their options, then figures; return them as its result."""
     result = SweepResult(path, tuple(heads))
     options = [name for name in KEYS if any(name in head.params for head in heads)]
-    rows = [{"name": head.name, **head.params, **head.figures()} for head in heads]
+    rows = [{"name": head.name, **head.options(options), **head.figures()} for head in heads]
     figures = [name for row in rows for name in row if name not in {"name", *options}]
     buffer = io.StringIO(newline="")
     writer = csv.DictWriter(buffer, ["name", *options, *dict.fromkeys(figures)], lineterminator="\n")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, final
@@ -244,12 +245,13 @@ def curve_csv(points: Sequence[CurvePoint]) -> bytes:
     for point in points:
         evaluation = point.evaluation
         micro, macro = evaluation.accuracy["micro"], evaluation.accuracy["macro"]
-        writer.writerow(
+        figures = (
             [point.shots, evaluation.users, point.left_out, evaluation.n, micro.value, micro.low, micro.high,
              macro.value, macro.low, macro.high, evaluation.accuracy["worst_tenth"].value, point.gain.value,
              point.gain.low, point.gain.high, evaluation.log_loss, evaluation.brier, evaluation.calibration_error,
              point.majority, point.minority]
         )  # fmt: skip
+        writer.writerow("" if isinstance(value, float) and math.isnan(value) else value for value in figures)
     return buffer.getvalue().encode()
 
 

@@ -126,6 +126,14 @@ def test_the_table_has_a_line_per_head_with_yardsticks(cache: Cache, tmp_path: P
     assert result.varied == ("k", "seed")
 
 
+def test_options_not_asked_for_stand_at_their_defaults_in_the_table(cache: Cache, tmp_path: Path) -> None:
+    sweep(cache, tmp_path / "sweep", "k=3")
+    result = sweep(cache, tmp_path / "sweep", "lr=2e-3")
+    rows = list(csv.DictReader((tmp_path / "sweep" / "results.csv").open()))
+    assert sorted((row["k"], row["lr"]) for row in rows) == [("2", "0.002"), ("3", "0.001")]
+    assert set(result.varied) == {"k", "lr"}
+
+
 def test_a_yardstick_is_trained_once_for_all_heads_it_stands_beside(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

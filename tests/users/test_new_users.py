@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,11 @@ from typer.testing import CliRunner
 
 from palcache.cache import Cache
 from palcache.comparisons import Comparisons
-from palcache.configs import FitConfig, HeadConfig
+from palcache.configs import FitConfig, HeadConfig, SplitConfig
 from palcache.embedding.stages import embed_tables
+from palcache.errors import PalcacheWarning
 from palcache.runs.adapted import adapt_run
-from palcache.runs.trainings import train_run
+from palcache.runs.trainings import evaluate_run, train_run
 from palcache.synthetic import sample_rows
 from palcache.tables import read_comparisons
 
@@ -182,6 +185,49 @@ def test_suggest(folder: Path, invoke: Invoke) -> None:
     asked = {(s["prompt"], *sorted((s["response_1"], s["response_2"]))) for s in json.loads(out)["suggestions"]}
     assert asked
     assert not asked & answered
+
+
+def test_what_the_user_has_answered_in_the_pool_is_not_asked_again(folder: Path, invoke: Invoke) -> None:
+    code, out, err = invoke("suggest", folder / "run", "--cache", folder / "cache", "--comparisons", "seen",
+                            "--user", "homely-01", "--json", "--count", 2_000)  # fmt: skip
+    assert code == 0, err
+    rows = [r for r in sample_rows(users_per_group=8, comparisons_per_user=60) if r["user_id"] == "homely-01"]
+    answered = {(r["prompt"], *sorted((str(r["response_1"]), str(r["response_2"])))) for r in rows}
+    asked = {(s["prompt"], *sorted((s["response_1"], s["response_2"]))) for s in json.loads(out)["suggestions"]}
+    assert len(asked) > 100
+    assert not asked & answered
+
+
+def test_one_new_user_has_no_interval(folder: Path, invoke: Invoke, tmp_path: Path) -> None:
+    lines = (folder / "new.jsonl").read_text().splitlines()
+    one = [line for line in lines if json.loads(line)["user_id"] == "new.homely-05"]
+    (tmp_path / "one.jsonl").write_text("\n".join(one))
+    code, out, err = invoke("adapt", folder / "run", "--cache", folder / "cache", "--comparisons", tmp_path / "one.jsonl",
+                            "--out", tmp_path / "out", "--shots", "0,5", "--draws", 2)  # fmt: skip
+    assert code == 0, err
+    assert "nan" not in out
+    (csv,) = (tmp_path / "out").glob("*.csv")
+    assert "nan" not in csv.read_text()
+
+
+def test_users_that_were_added_are_not_evaluated_in_silence(folder: Path, tmp_path: Path) -> None:
+    """Neither is another split of the run's own table."""
+    run, cache = tmp_path / "run", Cache(folder / "cache")
+    shutil.copytree(folder / "run", run)
+    adapt_run(run, cache, "new", shots=(5,), device="cpu", keep_users=True)
+    with pytest.warns(PalcacheWarning) as caught:
+        evaluate_run(run, cache, comparisons="new", split=None, device="cpu")
+    messages = [str(warning.message) for warning in caught]
+    assert any(
+        re.search(r"^6 users of the table new \(new\..*\) were added to .* --save-users", text) for text in messages
+    )
+    assert any(text.startswith("The table new is not the table seen on which") for text in messages)
+    rows = Comparisons.from_rows(r for r in sample_rows(users_per_group=5, comparisons_per_user=60))
+    embed_tables(rows, tmp_path / "cache", name="seen", split=SplitConfig(seed=1))
+    with pytest.warns(
+        PalcacheWarning, match="The table seen has other comparisons or another split than when .* was trained"
+    ):
+        evaluate_run(run, Cache(tmp_path / "cache"), device="cpu")
 
 
 @pytest.mark.parametrize(
