@@ -86,7 +86,7 @@ def normalise(table: pa.Table, place: Place, *, ties: Ties = "refuse", seed: int
         columns["split"] = _split_names(columns["split"])
     same = pc.equal(columns["response_1"], columns["response_2"])
     tie = pc.and_(pc.invert(same), pa.array(y == 0))
-    if pc.any(tie).as_py() and not (y < 0).any():
+    if pc.any(tie).as_py() and (y > 0).any() and not (y < 0).any():
         binary = "has y = 0, and no y is -1: if these are answers 0 and 1, write -1 and +1"
         if ties == "refuse":
             place.refuse(tie, f"{binary}; if they are ties, choose --ties drop or --ties half")

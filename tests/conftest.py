@@ -17,6 +17,28 @@ SMALL_HEAD = HeadConfig(k=2, p=8)
 SMALL_FIT = FitConfig(epochs=5, evaluations=4)
 
 
+SLOW_FILES = (
+    "users/test_new_users.py",
+    "test_readme.py",
+    "care/test_cache_care.py",
+    "sweeps/test_sweeps.py",
+    "embedding/test_workers.py",
+    "test_token_states.py",
+    "care/test_repairs.py",
+    "users/test_adaptation.py",
+    "care/test_state_care.py",
+    "care/test_state_repairs.py",
+    "test_benchmarks.py",
+)
+"""Files of minutes: they begin first, so that processes that share the files end together."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put tests of slow files first."""
+    places = {str(ROOT / "tests" / name): number for number, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: places.get(str(item.path), len(places)))
+
+
 @pytest.fixture(scope="session")
 def sample_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a cache of data/sample.jsonl, not to be changed."""

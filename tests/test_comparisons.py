@@ -297,7 +297,7 @@ def test_no_rows_are_refused() -> None:
         Comparisons.from_rows([], origin="votes")
 
 
-TIES = [row(0, y=0), row(1, y=1), row(2, y="0.0"), row(3, y=-0.0)]
+TIES = [row(0, y=0), row(1, y=-1), row(2, y="0.0"), row(3, y=-0.0)]
 
 
 @pytest.mark.parametrize(("ties", "kept"), [("drop", [1]), ("half", [0, 1, 2, 3])])
