@@ -270,10 +270,13 @@ def padded_distinct(rows: int, references: int) -> int:
     """Return to how many rows the distinct ones of a batch are padded: more than random references name.
 
     So one number of rows goes into the sums of every batch and every head, alone or in a stack of heads, and sums over
-    rows are the same to the last bit. (Six deviations above the mean; the variance is at most that of independent rows,
-    references / 4. A batch that names more, as one drawn without replacement may, is not cut.)
+    rows are the same to the last bit. (Five deviations above the mean of the occupancy of `rows` boxes by `references` balls;
+    Feller, An Introduction to Probability Theory, vol. 1. A batch that names more is not cut.)
     """
-    most = expected_distinct(rows, references) + 6 * math.sqrt(min(rows, references) / 4)
+    load = references / max(rows, 1)
+    empty = math.exp(-load)
+    variance = rows * empty * (1 - (1 + load) * empty)
+    most = expected_distinct(rows, references) + 5 * math.sqrt(max(variance, 0.0))
     return min(rows, references, -(-math.ceil(most) // ROWS) * ROWS)
 
 
