@@ -22,9 +22,8 @@ def exactly(values: torch.Tensor) -> torch.Tensor:
     """Return values in float64 where the device has it.
 
     Exponentials in float32 differ in the last bit with where in a tensor a value stands (in a vector of the processor, or
-    in what is left over at the end); in float64 they do too, but rounded to float32 they agree, save once in many
-    millions. So a head in a stack has the
-    gradients of the same head alone. There is one margin per comparison, so it costs next to nothing.
+    in what is left over at the end); in float64 they do too, but rounded to float32 they agree, save once in many millions.
+    So a head in a stack has the gradients of the same head alone, and one margin per comparison costs next to nothing.
     """
     return values.float() if values.device.type == "mps" else values.double()
 

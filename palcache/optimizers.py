@@ -109,7 +109,7 @@ class StackedOptimizer:
             for name, rows in self._rows.items():
                 if f"{name}/{moment}" in state:
                     rows.unpadded(values[name]).copy_(state[f"{name}/{moment}"])
-        self._step, self._runs = step, []
+        self._step = step
         self._runs = self._find_runs()
 
     def _find_runs(self) -> list[_Run]:

@@ -43,12 +43,13 @@ def in_windows(data: Data, batches: Sequence[torch.Tensor], *, before: int = 0) 
         batches: their rows, in the order of an epoch.
         before: comparisons of the epoch before the first batch.
     """
-    if data.window is None or not data.streamed:
+    window = data.window if data.streamed else None
+    if window is None:
         yield from ((data, rows) for rows in batches)
         return
     groups: dict[int, list[torch.Tensor]] = {}
     for rows in batches:
-        groups.setdefault(before // data.window, []).append(rows)
+        groups.setdefault(before // window, []).append(rows)
         before += len(rows)
     for group in groups.values():
         at_hand = data.gathered(torch.cat(group))

@@ -204,7 +204,11 @@ class PreferenceData(ComparisonData[PairBatch]):
         Args:
             rows: row numbers on the data's device, (n,).
         """
-        prompts, prompt, prompt_names = take_rows(self.prompts, self.prompt[rows])
+        asked = self.prompt[rows]
+        first = asked.new_zeros(1)  # of joint items no prompt is read: one row stands for all
+        prompts, prompt, prompt_names = (
+            (self.prompts.take(first), torch.zeros_like(asked), first) if self.joint else take_rows(self.prompts, asked)
+        )
         pair = torch.cat([self.response_1[rows], self.response_2[rows]])
         responses, response, response_names = take_rows(self.responses, pair)
         n = len(rows)
